@@ -1,0 +1,1 @@
+"""Triton kernels of loopmdm, one fused operation a file. Imported only when a kernel is about to run."""

@@ -1,0 +1,55 @@
+"""Looped-depth masked diffusion language models: a thin torch layer over fused kernels.
+
+    model = loopmdm.LoopMDM.from_preset("paper-170m")
+    loss  = loopmdm.nelbo(model, tokens).loss
+    out   = loopmdm.generate(model, prompt, max_new_tokens=256, steps=64, num_loops=12)
+
+Names load on first use, so that importing the package costs next to nothing.
+"""
+
+from importlib import import_module as _import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+
+__version__ = _version("loopmdm")
+
+_HOME = {
+    "PRESETS": "config",
+    "Denoiser": "model.denoiser",
+    "Generation": "sampling.engine",
+    "InputError": "errors",
+    "LoopConfig": "config",
+    "LoopMDM": "model.lm",
+    "LoopedBlock": "model.loop",
+    "ModelConfig": "config",
+    "generate": "sampling.engine",
+    "nelbo": "diffusion",
+    "residual_norm": "ops.residual_norm",
+    "select_topk": "ops.select_topk",
+}
+
+if TYPE_CHECKING:
+    from .config import PRESETS as PRESETS
+    from .config import LoopConfig as LoopConfig
+    from .config import ModelConfig as ModelConfig
+    from .diffusion import nelbo as nelbo
+    from .errors import InputError as InputError
+    from .model.denoiser import Denoiser as Denoiser
+    from .model.lm import LoopMDM as LoopMDM
+    from .model.loop import LoopedBlock as LoopedBlock
+    from .ops.residual_norm import residual_norm as residual_norm
+    from .ops.select_topk import select_topk as select_topk
+    from .sampling.engine import Generation as Generation
+    from .sampling.engine import generate as generate
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'loopmdm' has no attribute {name!r}")
+    value = getattr(_import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

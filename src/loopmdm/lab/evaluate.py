@@ -1,0 +1,68 @@
+"""Measuring a model: NELBO at several S on the same masks, with standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion import nelbo
+from ..errors import InputError
+from ..model.denoiser import Denoiser
+
+BITS = 1 / math.log(2)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over sequences and its standard error."""
+
+    mean: float
+    error: float
+
+
+@torch.no_grad()
+def nelbo_by_loops(
+    model: Denoiser,
+    sequences: Tensor,
+    loops: Sequence[int],
+    *,
+    maskable: Tensor | None = None,
+    repeats: int = 1,
+    batch: int = 64,
+    seed: int = 0,
+) -> Tensor:
+    """NELBO of each sequence at each S, bits a maskable token, float64 [len(loops), N].
+
+    t is stratified over the N sequences and `repeats` rounds; t and masks are the same for every S (and for every
+    model given the same seed), so that differences pair.
+    """
+    if not len(sequences):
+        raise InputError("there is nothing to evaluate: no sequences")
+    N = len(sequences)
+    totals = torch.zeros(len(loops), N, dtype=torch.float64)
+    for round_ in range(repeats):
+        for start in range(0, N, batch):
+            rows = slice(start, start + batch)
+            index = round_ * N + torch.arange(N)[rows]
+            for i, S in enumerate(loops):
+                result = nelbo(
+                    model,
+                    sequences[rows],
+                    maskable=None if maskable is None else maskable[rows],
+                    num_loops=S,
+                    seed=seed,
+                    index=index,
+                    global_batch=N * repeats,
+                )
+                totals[i, rows] += result.per_sequence.double().cpu() * BITS / repeats
+    return totals
+
+
+def estimate(values: Tensor) -> Estimate:
+    """Mean and standard error of independent values [N]."""
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
+    return Estimate(float(values.mean()), error)

@@ -1,0 +1,1 @@
+"""Tasks a small model can learn on a CPU: each gives training batches, a recipe and a way to score."""

@@ -1,0 +1,171 @@
+"""One transformer layer of a masked diffusion LM: bidirectional attention and an MLP, both residual.
+
+Covers the two backbones (DiT with adaLN, Llama) and what their relatives vary; see `ModelConfig`.
+Shapes: B sequences, T tokens, D hidden, H query heads, G key/value heads, C conditioning.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..ops.residual_norm import residual_norm
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares.
+
+    Attributes:
+        rope: (cos, sin), each [T, head_dim/2] or [B, T, head_dim/2] in fp32; None without rotary positions.
+        mask: bool, broadcastable to [B, 1, T, T], True where a query may look at a key; None is everywhere.
+        cond: [1, C] (constant) or [B, C] (per sequence); None without modulation.
+    """
+
+    rope: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    cond: Tensor | None = None
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over D in fp32, optionally after adding a residual branch."""
+
+    def __init__(self, config: ModelConfig, size: int | None = None, kind: str | None = None) -> None:
+        super().__init__()
+        self.kind, self.eps = kind or config.norm, config.norm_eps
+        size = size or config.hidden_size
+        self.weight = nn.Parameter(torch.ones(size)) if config.norm_weight else None
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm_bias else None
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, branch [..., D] -> (x + branch in x's dtype, norm(x + branch) in out_dtype or x's)."""
+        return residual_norm(
+            x, branch, self.weight, self.bias, kind=self.kind, eps=self.eps, out_dtype=out_dtype
+        )
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head attention with rotary positions; grouped key/value heads allowed."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads or 0
+        self.head_dim, self.layout, self.rope_dtype = config.head_dim or 0, config.rope_layout, config.rope_dtype
+        self.qk_order = config.qk_norm
+        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.groups) * self.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias)
+        if config.qk_norm != "none":
+            self.q_norm = Norm(config, self.head_dim, "rmsnorm")
+            self.k_norm = Norm(config, self.head_dim, "rmsnorm")
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
+        B, T, _ = x.shape
+        H, G = self.heads, self.groups
+        # split, not slices: its backward is one concatenation
+        q, k, v = self.qkv(x).view(B, T, H + 2 * G, self.head_dim).split((H, G, G), dim=2)
+        if self.qk_order == "before_rope":
+            q, k = self.q_norm(q)[1], self.k_norm(k)[1]
+        if context.rope is not None:
+            q, k = (rotate(u, context.rope, self.layout, self.rope_dtype) for u in (q, k))
+        if self.qk_order == "after_rope":
+            q, k = self.q_norm(q)[1], self.k_norm(k)[1]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, hd], twice [B, G, T, hd]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, enable_gqa=H != G)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """down(act(up(x))); for SwiGLU, `up` holds gate and up side by side and act(g, u) = silu(g) * u."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.act = config.hidden_act
+        width = config.intermediate_size * (2 if config.gated else 1)
+        self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
+        h = self.up(x)
+        if self.act == "swiglu":
+            gate, up = h.chunk(2, dim=-1)
+            h = F.silu(gate) * up
+        elif self.act == "relu2":
+            h = F.relu(h).square()
+        else:
+            h = F.gelu(h, approximate="tanh" if self.act == "gelu_tanh" else "none")
+        return self.down(h)
+
+
+class Block(nn.Module):
+    """x + gate * Attention(norm(x)), then x + gate * MLP(norm(x)); gates and shifts only with adaLN."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn_norm, self.attn = Norm(config), Attention(config)
+        self.mlp_norm, self.mlp = Norm(config), MLP(config)
+        self.dropout = config.dropout
+        # DiT order: shift, scale, gate for attention, then for the MLP.
+        self.modulation = nn.Linear(config.cond_dim, 6 * config.hidden_size) if config.modulation == "adaln" else None
+        self.zero_init_output = config.zero_init_output
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fan-in everywhere; then either the gates or the output projections start at zero, never both
+        (both would leave each without a gradient), so that a new block is the identity."""
+        for layer in (self.attn.qkv, self.attn.out, self.mlp.up, self.mlp.down):
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if self.modulation is not None:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+        elif self.zero_init_output:
+            nn.init.zeros_(self.attn.out.weight)
+            nn.init.zeros_(self.mlp.down.weight)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
+        dtype = self.mlp.up.weight.dtype  # the residual stream may be wider than the parameters
+        h = self.attn_norm(x, out_dtype=dtype)[1]
+        if self.modulation is None:
+            x, h = self.mlp_norm(x, self._drop(self.attn(h, context)), dtype)
+            return x + self._drop(self.mlp(h))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(context.cond)[:, None].chunk(6, dim=-1)
+        branch = self.attn(modulate(h, shift_a, scale_a), context)
+        x, h = self.mlp_norm(x, gate_a * self._drop(branch), dtype)
+        return x + gate_m * self._drop(self.mlp(modulate(h, shift_m, scale_m)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, T, D], shift and scale [1 or B, 1, D] -> x * (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float, sign: int = 1) -> tuple[Tensor, Tensor]:
+    """positions [...], any integer dtype -> (cos, sin), each [..., head_dim/2] in fp32 (RoFormer, eq. 34)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = sign * positions[..., None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor], layout: str, dtype: str) -> Tensor:
+    """Rotate pairs of x [B, T, heads, hd] by the angles of `table`, in fp32 or (dtype "input") in x's dtype.
+
+    "half" pairs i with i + hd/2 (GPT-NeoX, Llama in transformers); "interleaved" pairs 2i with 2i + 1.
+    """
+    work = torch.promote_types(x.dtype, torch.float32) if dtype == "float32" else x.dtype
+    cos, sin = (part.to(work).unsqueeze(-2) for part in table)  # [.., T, 1, hd/2]
+    y = x.to(work)
+    if layout == "half":
+        a, b = y.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    a, b = y[..., 0::2], y[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)

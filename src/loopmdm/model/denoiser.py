@@ -1,0 +1,82 @@
+"""What sampling, training losses and evaluation need from a model: the Denoiser protocol.
+
+A denoiser predicts the clean token at each position of a partly masked sequence. Its last hidden
+state and its vocabulary projection are separate, so that callers run the head only on the rows
+that they need.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """LoopMDM is one; adapters make one of any other masked diffusion LM.
+
+    Attributes:
+        mask_id: id of [MASK].
+        pad_id: id that fills positions outside a sequence.
+        vocab_size: number of ids, the mask included.
+        max_length: longest sequence, in tokens; None is unbounded.
+        suppressed_ids: ids never predicted (the mask among them).
+        logit_shift: 0 if the token at i is read at i; 1 if it is read at i - 1 (Dream).
+        max_loops: the S that training saw at most, used when none is given; 1 for an unlooped model.
+    """
+
+    mask_id: int
+    pad_id: int
+    vocab_size: int
+    max_length: int | None
+    suppressed_ids: tuple[int, ...]
+    logit_shift: int
+    max_loops: int
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        num_loops: int | None = None,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
+        """ids [B, T] -> the head's input [B, T, D], after the final norm."""
+        ...
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """(weight [V, D], bias [V] or None)."""
+        ...
+
+    def forward_flops(self, length: int, num_loops: int) -> float:
+        """FLOPs of one forward pass of one sequence of `length` tokens, head included."""
+        ...
+
+
+def logits_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor) -> Tensor:
+    """Logits of the chosen positions only.
+
+    Args:
+        hidden: [B, T, D] from `denoiser.hidden`.
+        rows: bool [B, T], N of them True.
+
+    Returns:
+        [N, V] in fp32 (float64 if hidden is), row-major order of `rows`, suppressed ids at -inf (SUBS, arXiv 2406.07524).
+    """
+    if denoiser.logit_shift:
+        batch, position = rows.nonzero(as_tuple=True)
+        picked = hidden[batch, (position - denoiser.logit_shift).clamp(min=0)]
+    else:
+        picked = hidden[rows]
+    weight, bias = denoiser.head()
+    return suppress(F.linear(picked, weight, bias), denoiser.suppressed_ids)
+
+
+def suppress(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """logits [..., V] -> the same in at least fp32 with the columns `ids` at -inf."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if ids:
+        logits.index_fill_(-1, torch.tensor(ids, device=logits.device), float("-inf"))
+    return logits

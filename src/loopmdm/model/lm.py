@@ -1,0 +1,364 @@
+"""LoopMDM: prelude, looped block, coda.
+
+    h      = prelude(embed(x_t))         layers [0, a)
+    h      = loop(h), S visits           layers [a, a+n)
+    logits = head(coda(h))               layers [a+n, L)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config import ModelConfig, check_loops, preset
+from ..errors import InputError
+from .block import Block, Context, Norm, modulate, rope_table
+from .denoiser import suppress
+from .flops import forward_flops
+from .loop import LoopedBlock
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+
+
+class Output:
+    """What `LoopMDM.forward` returns.
+
+    Attributes:
+        hidden: [B, T, D], after the final norm (the head's input).
+        loops: S of this pass.
+        logits: [B, T, V] in fp32, computed when first read; suppressed ids (the mask) are -inf.
+    """
+
+    def __init__(self, hidden: Tensor, loops: int, model: LoopMDM) -> None:
+        self.hidden, self.loops = hidden, loops
+        self._model, self._logits = model, None
+
+    @property
+    def logits(self) -> Tensor:
+        if self._logits is None:
+            weight, bias = self._model.head()
+            self._logits = suppress(F.linear(self.hidden, weight, bias), self._model.suppressed_ids)
+        return self._logits
+
+
+class LoopMDM(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="loopmdm",
+    tags=["masked-diffusion", "looped-transformer"],
+):
+    """A masked diffusion LM whose early layers are visited S times (arXiv 2605.26106).
+
+    A `Denoiser`: `nelbo`, `generate` and the rest take it as it is. Parameters do not depend on S.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.embed = nn.Embedding(config.vocab_size, D)
+        if config.positions in ("learned", "both"):
+            self.position_embed = nn.Embedding(config.max_position_embeddings, D)
+        if config.modulation == "adaln":
+            self.sigma_embed = SigmaEmbedding(config.cond_dim)
+            self.final_modulation = nn.Linear(config.cond_dim, 2 * D)
+        start, end = config.loop.start, config.loop.start + config.loop.length
+        self.prelude = nn.ModuleList(Block(config) for _ in range(start))
+        self.loop = LoopedBlock(config)
+        self.coda = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers - end))
+        self.final_norm = Norm(config)
+        self.lm_head = nn.Linear(D, config.vocab_size, bias=config.head_bias)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed.weight
+        self.reset_parameters()
+
+        self.mask_id, self.pad_id = config.mask_token_id or 0, config.pad_token_id or 0
+        self.vocab_size, self.max_length = config.vocab_size, config.max_position_embeddings
+        self.suppressed_ids, self.logit_shift, self.max_loops = (self.mask_id,), 0, config.loop.max_loops
+
+    def reset_parameters(self) -> None:
+        for name in ("embed", "position_embed"):
+            if hasattr(self, name):
+                nn.init.normal_(getattr(self, name).weight, std=self.config.initializer_range)
+        if self.config.modulation == "adaln":
+            nn.init.zeros_(self.final_modulation.weight)
+            nn.init.zeros_(self.final_modulation.bias)
+        if not self.config.tie_word_embeddings:
+            nn.init.zeros_(self.lm_head.weight)
+        if self.lm_head.bias is not None:
+            nn.init.zeros_(self.lm_head.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        num_loops: int | None = None,
+        sigma: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Output:
+        """Predict the clean token at every position.
+
+        Args:
+            input_ids: integer [B, T], masked positions holding `mask_id`.
+            attention_mask: bool or 0/1 [B, T], 1 on real tokens; padding may be left or right. Hidden states of
+                padding are 0.
+            num_loops: S >= 1; None is `config.loop.max_loops`.
+            sigma: noise level -log(alpha_t), [B] or a scalar; read only with `config.time_conditioning`.
+            document_ids: integer [B, T] for packed rows: tokens attend within their own id, positions restart.
+
+        Raises:
+            InputError: wrong shapes, S < 1, more tokens than `max_position_embeddings`, ids outside the
+                vocabulary (checked on CPU; on CUDA that would cost a synchronisation).
+        """
+        loops = check_loops(self.max_loops if num_loops is None else num_loops)
+        return Output(self.hidden(input_ids, attention_mask, loops, sigma, document_ids), loops, self)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        num_loops: int | None = None,
+        sigma: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """As `forward`, but only the final hidden states [B, T, D]."""
+        self._check(input_ids, attention_mask, document_ids)
+        positions, mask = _layout(input_ids, attention_mask, document_ids)
+        context = Context(self._rope(positions), mask, self._condition(sigma, input_ids.device))
+        x = self.embed(input_ids)
+        if self.config.positions in ("learned", "both"):
+            x = x + self.position_embed(positions)
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        for layer in self.prelude:
+            x = layer(x, context)
+        x = self.loop(x, num_loops, context)
+        for layer in self.coda:
+            x = layer(x, context)
+        x = self._final(x, context)
+        return x if attention_mask is None else x * attention_mask.to(x.dtype)[..., None]
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        return self.lm_head.weight, self.lm_head.bias
+
+    def forward_flops(self, length: int, num_loops: int) -> float:
+        return forward_flops(self.config, length, num_loops)
+
+    def _final(self, x: Tensor, context: Context) -> Tensor:
+        h = self.final_norm(x, out_dtype=self.lm_head.weight.dtype)[1]
+        if context.cond is not None:
+            shift, scale = self.final_modulation(context.cond)[:, None].chunk(2, dim=-1)
+            h = modulate(h, shift, scale)
+        return h
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.positions not in ("rope", "both"):
+            return None
+        return rope_table(positions, self.config.head_dim or 0, self.config.rope_theta, self.config.rope_sign)
+
+    def _condition(self, sigma: Tensor | None, device: torch.device) -> Tensor | None:
+        if self.config.modulation != "adaln":
+            return None
+        if not self.config.time_conditioning:
+            sigma = torch.zeros(1, device=device)
+        elif sigma is None:
+            raise InputError("this model is conditioned on time; pass sigma, the noise level -log(alpha_t), [B]")
+        return F.silu(self.sigma_embed(torch.as_tensor(sigma, device=device).reshape(-1)))
+
+    def _check(self, ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> None:
+        if ids.dim() != 2 or ids.dtype.is_floating_point:
+            raise InputError(f"input_ids is {ids.dtype} {list(ids.shape)}; expected integers [B, T]")
+        if ids.shape[1] > self.config.max_position_embeddings:
+            raise InputError(
+                f"{ids.shape[1]} tokens are more than max_position_embeddings = {self.config.max_position_embeddings}"
+            )
+        for name, other in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+            if other is not None and other.shape != ids.shape:
+                raise InputError(f"{name} is {list(other.shape)}, input_ids is {list(ids.shape)}; they must agree")
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.vocab_size:
+                raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> LoopMDM:
+        """A new model from a preset (`loopmdm.PRESETS`), any configuration field overridden."""
+        return cls(preset(name, **overrides))
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    ) -> str | None:
+        """Write config.json, model.safetensors and a model card into a folder, and push them to the Hub if asked.
+
+        Each file appears whole or not at all; a save that fails leaves a former checkpoint as it was.
+        """
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        card = {k: kwargs.pop(k) for k in ("model_card_kwargs",) if k in kwargs}
+        # The mixin deletes config.json before it writes anything, so it works in a folder of its own.
+        with TemporaryDirectory(dir=target, prefix=".save-") as staging:
+            super().save_pretrained(staging, **card)
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                os.replace(Path(staging, name), target / name)
+            if not (target / CARD_FILE).exists():
+                os.replace(Path(staging, CARD_FILE), target / CARD_FILE)
+        return self.push_to_hub(repo_id or target.resolve().name, **card, **kwargs) if push_to_hub else None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write config.json and model.safetensors; each appears whole or not at all."""
+        save_directory.mkdir(parents=True, exist_ok=True)
+        state = {k: v.contiguous() for k, v in self.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        _replace(save_directory / WEIGHTS_FILE, lambda path: save_file(state, path, {"format": "pt"}))
+        _replace(save_directory / CONFIG_FILE, lambda path: path.write_text(self.config_json()))
+
+    def config_json(self) -> str:
+        return json.dumps({"model_type": "loopmdm", **self.config.to_dict()}, indent=2) + "\n"
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> LoopMDM:
+        """A saved model from a folder or a Hub repository, in evaluation mode.
+
+        Args:
+            kwargs: `map_location`, and the Hub's revision, token, cache_dir, force_download, local_files_only.
+
+        Raises:
+            InputError: no checkpoint there, a damaged or foreign one, or weights that do not fit config.json.
+        """
+        return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        **_: Any,
+    ) -> LoopMDM:
+        def locate(name: str) -> Path:
+            local = Path(model_id) / name
+            if Path(model_id).is_dir():
+                if not local.is_file():
+                    raise InputError(f"{model_id} has no {name}; it is not a LoopMDM checkpoint")
+                return local
+            try:
+                found = hf_hub_download(
+                    model_id,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            except (OSError, HFValidationError, EntryNotFoundError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise InputError(
+                    f"{model_id} is not a folder, and {name} could not be had from the Hub ({reason})"
+                ) from error
+            return Path(found)
+
+        model = cls(read_config(locate(CONFIG_FILE)))
+        load_weights(model, locate(WEIGHTS_FILE), map_location)
+        return model.to(map_location).eval()
+
+
+class SigmaEmbedding(nn.Module):
+    """Noise level -> conditioning vector: 256 sinusoids, Linear, SiLU, Linear (DiT's timestep embedder)."""
+
+    SINUSOIDS = 256
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(self.SINUSOIDS, cond_dim), nn.Linear(cond_dim, cond_dim)
+
+    def forward(self, sigma: Tensor) -> Tensor:  # [B] -> [B, C]
+        half = self.SINUSOIDS // 2
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
+        angle = sigma[:, None].float() * frequency
+        wave = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.inner.weight.dtype)
+        return self.outer(F.silu(self.inner(wave)))
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read a LoopMDM config.json; a foreign or damaged one is an InputError."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(data, dict) or data.pop("model_type", None) != "loopmdm":
+        raise InputError(f"{path} is not a LoopMDM configuration (its model_type is not 'loopmdm')")
+    return ModelConfig.from_dict(data)
+
+
+def load_weights(model: LoopMDM, path: Path, device: str = "cpu") -> None:
+    """Load a safetensors file into the model; nothing changes unless every key and shape fits."""
+    try:
+        state = load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated or not a safetensors file ({error})") from None
+    want = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del want["lm_head.weight"]
+    missing, extra = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
+    if missing or extra:
+        raise InputError(
+            f"{path} does not fit its configuration: {len(missing)} tensors missing"
+            f"{f' (first {missing[0]})' if missing else ''}, {len(extra)} unknown{f' (first {extra[0]})' if extra else ''}"
+        )
+    for key, value in want.items():
+        if state[key].shape != value.shape:
+            raise InputError(f"{path}: {key} is {list(state[key].shape)}, the configuration says {list(value.shape)}")
+    model.load_state_dict(state, strict=not model.config.tie_word_embeddings)
+
+
+def _layout(ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Positions ([T], or [B, T] where sequences start elsewhere) and the attention mask ([B, 1, 1 or T, T] or None)."""
+    T = ids.shape[1]
+    steps = torch.arange(T, device=ids.device)
+    if attention_mask is None and document_ids is None:
+        return steps, None
+    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if document_ids is None:
+        positions = (real.cumsum(-1) - 1).clamp(min=0)
+        # A sequence of padding alone would leave its queries with no key at all: it may look at itself.
+        visible = real | ~real.any(-1, keepdim=True)
+        return positions, visible[:, None, None, :]
+    document = torch.where(real, document_ids, -1)
+    first = torch.ones_like(real)
+    first[:, 1:] = document[:, 1:] != document[:, :-1]
+    positions = steps - torch.where(first, steps, 0).cummax(-1).values
+    return positions, (document[:, None, :, None] == document[:, None, None, :])
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write beside `path`, flush to disk, then rename over it: a crash leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

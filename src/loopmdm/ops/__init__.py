@@ -1,0 +1,1 @@
+"""Operations: a public function, its torch reference and the choice of implementation, one a file."""

@@ -1,0 +1,193 @@
+"""One op, one contract: how an op names its implementations and how one of them is chosen.
+
+A file `ops/x.py` holds the public function `x(..., impl="auto")`, its torch reference (also the CPU
+path), the torch.library registration, and one `OP = Op(...)`. Everything else finds ops through
+`all_ops()`, so a new op is a new file and no registry is edited:
+
+    kernels/x.py (or csrc)      the kernel
+    kernels/tables/x.json       evidence rows: which implementation is used where, and why
+    src/loopmdm/ops/x.py        the public function and its reference
+    tests/test_x.py             against the float64 oracle
+    benchmarks/bench_x.py       against the unfused reference
+
+`impl` is one of "auto", "torch", "triton", "cuda", "cpp". "auto" uses an implementation only where a row of
+the table says it was *measured* faster on this architecture; everything else gets torch. Before the
+first automatic use on a device the implementation is compared with torch on a small random
+problem; on a mismatch or a launch error it is switched off for the process, with one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import InputError, nearest
+from ..kernels import tuned
+
+IMPLS = ("torch", "triton", "cuda", "cpp")
+Example = Callable[[torch.device, torch.dtype, torch.Generator], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an op will run: the implementation, its tile configuration, and the reason."""
+
+    impl: str
+    config: Mapping[str, int] = field(default_factory=dict)
+    why: str = ""
+
+
+@tuned.constant_in_graphs
+def unavailable(impl: str, device: torch.device) -> str | None:
+    """Return why `impl` cannot run on `device`, or None when it can."""
+    if impl == "torch":
+        return None
+    if impl == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device.type == "cuda" or interpreting():
+            return None
+        return f"triton needs a CUDA device or TRITON_INTERPRET=1, the tensors are on {device.type}"
+    built = _extension()
+    if built is None:
+        return "loopmdm._C is not built"
+    if impl == "cpp":
+        return None if device.type == "cpu" else f"cpp runs on cpu, the tensors are on {device.type}"
+    if not built.has_cuda:
+        return "loopmdm._C was built without CUDA"
+    return None if device.type == "cuda" else f"cuda runs on CUDA, the tensors are on {device.type}"
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in the interpreter (TRITON_INTERPRET=1, process-wide)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _extension() -> Any:
+    try:
+        return importlib.import_module("loopmdm._C")
+    except ImportError:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """An op's identity card.
+
+    Attributes:
+        name: the file's, the public function's and the table's name.
+        call: the public function; takes `impl=`.
+        example: `(device, dtype, generator) -> kwargs` of `call`, a small random problem with odd
+            sizes; the self-check, the first-contact GPU test and `loopmdm selfcheck` run on it.
+        impls: what there is, "torch" first.
+        dtypes: dtypes of the example for which the op is defined.
+        tolerance: largest allowed max|a-b| / max|b| between `impl` and torch, by dtype; 0 means equal.
+        grads: names of the example's tensors that get gradients (compared too).
+    """
+
+    name: str
+    call: Callable[..., Any]
+    example: Example
+    impls: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    tolerance: Mapping[torch.dtype, float]
+    grads: tuple[str, ...] = ()
+
+    def choose(self, impl: str, device: torch.device, dtype: torch.dtype, **size: int) -> Choice:
+        """Decide what runs. `size` names the shape's numbers that the table's rows bound.
+
+        Raises:
+            InputError: an explicit `impl` that does not exist for this op or cannot run here.
+        """
+        if impl == "torch":
+            return Choice("torch", why="asked for")
+        if impl != "auto":
+            if impl not in self.impls:
+                raise InputError(f"{self.name} has no impl {impl!r}{nearest(impl, ('auto', *self.impls))}")
+            reason = unavailable(impl, device)
+            if reason is not None:
+                raise InputError(f"{self.name}: impl={impl!r} cannot run here: {reason}")
+            row = tuned.best(self.name, tuned.arch(device), dtype, size, impl=impl)
+            return Choice(impl, row.config if row else {}, "asked for")
+        row = tuned.best(self.name, tuned.arch(device), dtype, size, measured_only=True)
+        if row is None or row.impl == "torch":
+            return Choice("torch", why="no faster implementation was measured here" if row is None else row.evidence)
+        reason = unavailable(row.impl, device) or self.verify(row.impl, device, dtype)
+        if reason is not None:
+            return Choice("torch", why=reason)
+        return Choice(row.impl, row.config, row.evidence)
+
+    def verify(self, impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """First-use self-check, cached: None when `impl` agrees with torch, else the reason."""
+        return _verify(self, impl, device.type, device.index, dtype)
+
+    def deviation(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> float:
+        """Largest max|a-b|/max|b| over outputs and gradients of `impl` against torch on the example."""
+        got, want = self._run(impl, device, dtype, seed), self._run("torch", device, dtype, seed)
+        return max((_relative(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
+
+    def _run(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+        rng = torch.Generator(device="cpu").manual_seed(seed)
+        kwargs = self.example(device, dtype, rng)
+        leaves = []
+        with torch.enable_grad():
+            for name in self.grads:
+                kwargs[name] = kwargs[name].detach().requires_grad_()
+                leaves.append(kwargs[name])
+            result = self.call(**kwargs, impl=impl)
+            outputs = list(result) if isinstance(result, tuple) else [result]
+            if leaves:
+                weights = [torch.randn(o.shape, generator=rng).to(o) for o in outputs]
+                total = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+                outputs += torch.autograd.grad(total, leaves)  # type: ignore[arg-type]
+        return [o.detach() for o in outputs]
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return float("inf")
+    a, b = a.double(), b.double()
+    if torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf()):
+        finite = b.isfinite()
+        gap = (a - b)[finite].abs().max().item() if finite.any() else 0.0
+        scale = b[finite].abs().max().item() if finite.any() else 1.0
+        return gap / scale if scale else gap
+    return float("inf")
+
+
+@tuned.constant_in_graphs
+def _verify(op: Op, impl: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    device = torch.device(device_type, index) if index is not None else torch.device(device_type)
+    try:
+        gap = op.deviation(impl, device, dtype)
+    except Exception as error:  # a launch error must cost speed, never the user's run
+        reason = f"{op.name}: {impl} failed its self-check ({type(error).__name__}: {error})"
+    else:
+        allowed = op.tolerance.get(dtype, 0.0)
+        if gap <= allowed:
+            return None
+        reason = f"{op.name}: {impl} differs from torch by {gap:.2e} (allowed {allowed:.0e}) on {dtype}"
+    warnings.warn(f"{reason}; using torch instead", RuntimeWarning, stacklevel=3)
+    return reason
+
+
+@functools.cache
+def all_ops() -> dict[str, Op]:
+    """Every op in this folder by name: modules that define `OP`."""
+    package = importlib.import_module("loopmdm.ops")
+    found = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        op = getattr(importlib.import_module(f"loopmdm.ops.{info.name}"), "OP", None)
+        if op is not None:
+            found[op.name] = op
+    return found

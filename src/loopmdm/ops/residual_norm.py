@@ -1,0 +1,297 @@
+"""Residual add and norm: between attention and MLP of every block, and at an anchored loop boundary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError, nearest
+from .contract import Op
+
+KINDS = ("rmsnorm", "layernorm")
+FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FUSED_MAX_DIM = 4096
+
+
+def residual_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    kind: str = "rmsnorm",
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and normalise the sum.
+
+        summed = x + branch
+        normed = norm(summed) * weight + bias
+
+    The sum is formed in fp32 and stored in x's dtype; the statistics are fp32 and those of the *stored* sum.
+    float64 inputs are computed in float64 (torch implementation only). Differentiable once, through both
+    outputs, in x, branch, weight and bias.
+
+    Args:
+        x: residual stream [..., D], any floating dtype, often float32.
+        branch: what attention or the MLP adds, x's shape, any floating dtype; None adds nothing.
+        weight: gain [D], None for 1.
+        bias: [D], None for 0.
+        kind: "rmsnorm", s / sqrt(mean(s²) + eps) (Zhang and Sennrich 2019, equation 4), or "layernorm",
+            (s - mean(s)) / sqrt(var(s) + eps) with the biased variance (Ba et al. 2016, equations 3 and 4).
+        eps: added to the mean square or variance, in their unit (that of s squared).
+        out_dtype: dtype of normed; x's by default.
+        impl: "auto", "torch" or "triton" (bfloat16, float16, float32; D up to 4096).
+
+    Returns:
+        summed [..., D] in x's dtype (x itself where branch is None) and normed [..., D] in out_dtype.
+
+    Raises:
+        InputError: a shape, dtype or name that does not fit, or an `impl` that cannot run here.
+    """
+    out_dtype = out_dtype or x.dtype
+    _check(x, branch, weight, bias, kind, eps, out_dtype)
+    dim = x.shape[-1]
+    choice = OP.choose(impl, x.device, x.dtype, rows=x.numel() // dim, dim=dim)
+    if choice.impl == "triton":
+        reason = _not_fused(x, branch, weight, bias)
+        if reason is None:
+            rows, warps = choice.config.get("rows", 0), choice.config.get("warps", 0)
+            summed, normed, _, _ = _forward_op(
+                x, branch, weight, bias, kind == "layernorm", eps, out_dtype, rows, warps
+            )
+            return (x if branch is None else summed), normed
+        if impl != "auto":
+            raise InputError(f"residual_norm: impl='triton' cannot run: {reason}")
+    return _reference(x, branch, weight, bias, kind, eps, out_dtype)
+
+
+def _check(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> None:
+    shape = x.shape
+    if not shape or not shape[-1]:
+        raise InputError(f"residual_norm: x is {list(shape)}; it must be [..., D] with D of at least 1")
+    if not (x.dtype.is_floating_point and out_dtype.is_floating_point):
+        raise InputError(f"residual_norm: x is {x.dtype} and out_dtype {out_dtype}; both must be floating point")
+    if branch is not None and branch.shape != shape:
+        raise InputError(
+            f"residual_norm: branch is {list(branch.shape)} and x is {list(shape)}; they must be equal, "
+            "expand the branch first"
+        )
+    if weight is not None and weight.shape != shape[-1:]:
+        raise InputError(f"residual_norm: weight is {list(weight.shape)}; for x {list(shape)} it must be [{shape[-1]}]")
+    if bias is not None and bias.shape != shape[-1:]:
+        raise InputError(f"residual_norm: bias is {list(bias.shape)}; for x {list(shape)} it must be [{shape[-1]}]")
+    if kind not in KINDS:
+        raise InputError(f"residual_norm has no kind {kind!r}{nearest(kind, KINDS)}")
+    if eps < 0:
+        raise InputError(f"residual_norm: eps is {eps}; it must not be negative")
+
+
+def _not_fused(x: Tensor, *others: Tensor | None) -> str | None:
+    tensors = [x, *(t for t in others if t is not None)]
+    if x.shape[-1] > FUSED_MAX_DIM:
+        return f"D is {x.shape[-1]}, the kernel holds rows of up to {FUSED_MAX_DIM}; use impl='torch'"
+    for t in tensors:
+        if t.dtype not in FUSED_DTYPES:
+            return f"a tensor is {t.dtype}, the kernel takes bfloat16, float16 and float32; use impl='torch'"
+        if t.device != x.device:
+            return f"x is on {x.device} and another tensor on {t.device}; move them to one device"
+    return None
+
+
+def _reference(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    summed = x if branch is None else _to(x + branch, x.dtype)
+    dim = x.shape[-1:]
+    compute = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if x.dtype is out_dtype and x.dtype is not compute:
+        # torch's own 16-bit norms take statistics in fp32 and round once: no fp32 copy needed
+        same = all(t is None or t.dtype is x.dtype for t in (weight, bias))
+        if same and (kind == "layernorm" or (bias is None and not x.is_cpu)):
+            compute = x.dtype
+    wide = _to(summed, compute)
+    weight = None if weight is None else _to(weight, compute)
+    bias = None if bias is None else _to(bias, compute)
+    if kind == "layernorm":
+        normed = F.layer_norm(wide, dim, weight, bias, eps)
+    elif x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        normed = _RMSNorm.apply(wide, weight, bias, eps)
+    else:
+        normed = F.rms_norm(wide, dim, weight, eps)
+        if bias is not None:
+            normed = normed + bias
+    return summed, _to(normed, out_dtype)
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # a Tensor.to that changes nothing costs as much as a small kernel
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMS norm whose backward borrows layer norm's fused CPU kernel.
+
+    torch has no fused RMS norm on CPU and differentiates its parts: 4 to 6 times the time of layer norm's
+    backward. With mean = 0 that kernel returns dweight and dbias as they are, and dx short of one term,
+    since it also removes the mean of dnormed * weight: rstd * mean(dnormed * weight) is added back.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):  # type: ignore[no-untyped-def]
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = x * rstd
+        if weight is not None:
+            normed *= weight
+        if bias is not None:
+            normed += bias
+        ctx.save_for_backward(x, weight, bias, rstd)
+        return normed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight, bias, rstd = ctx.saved_tensors
+        wanted = [True, weight is not None, bias is not None]
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], torch.zeros_like(rstd), rstd, weight, bias, wanted
+        )
+        removed = grad.sum(-1, keepdim=True) if weight is None else (grad @ weight).unsqueeze(-1)
+        return dx.add_(removed.mul_(rstd).div_(x.shape[-1])), dweight, dbias, None
+
+
+@torch.library.custom_op("loopmdm::residual_norm", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centre: bool,
+    eps: float,
+    out_dtype: torch.dtype,
+    rows: int,
+    warps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(summed, normed, mean, rstd); summed is empty without a branch, mean without centring; rows or warps 0: default."""
+    from ..kernels import residual_norm as kernel
+
+    flat = [None if t is None else t.contiguous() for t in (x, branch, weight, bias)]
+    return kernel.forward(*flat, centre, eps, out_dtype, _config(rows, warps))
+
+
+@_forward_op.register_fake
+def _(x, branch, weight, bias, centre, eps, out_dtype, rows, warps):  # type: ignore[no-untyped-def]
+    n_rows = x.numel() // x.shape[-1]
+    summed = x.new_empty(0 if branch is None else x.shape)
+    mean = x.new_empty(n_rows if centre else 0, dtype=torch.float32)
+    return summed, x.new_empty(x.shape, dtype=out_dtype), mean, x.new_empty(n_rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("loopmdm::residual_norm_backward", mutates_args=())
+def _backward_op(
+    dsummed: Tensor | None,
+    dnormed: Tensor,
+    summed: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    centre: bool,
+    has_bias: bool,
+    branch_dtype: torch.dtype | None,
+    rows: int,
+    warps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dbranch, dweight, dbias), empty where there is none; branch_dtype None: dbranch would equal dx."""
+    from ..kernels import residual_norm as kernel
+
+    dsummed = None if dsummed is None else dsummed.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    return kernel.backward(
+        dsummed,
+        dnormed.contiguous(),
+        summed.contiguous(),
+        weight,
+        mean,
+        rstd,
+        centre,
+        has_bias,
+        branch_dtype,
+        _config(rows, warps),
+    )
+
+
+@_backward_op.register_fake
+def _(dsummed, dnormed, summed, weight, mean, rstd, centre, has_bias, branch_dtype, rows, warps):  # type: ignore[no-untyped-def]
+    dim = summed.shape[-1]
+    dbranch = summed.new_empty(0 if branch_dtype is None else summed.shape, dtype=branch_dtype or summed.dtype)
+    dweight = summed.new_empty(0 if weight is None else dim, dtype=torch.float32)
+    return summed.new_empty(summed.shape), dbranch, dweight, summed.new_empty(dim * has_bias, dtype=torch.float32)
+
+
+def _config(rows: int, warps: int) -> dict[str, int]:
+    return {name: value for name, value in (("rows", rows), ("warps", warps)) if value}
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, branch, weight, bias, ctx.centre, _, _, ctx.rows, ctx.warps = inputs
+    summed, _, mean, rstd = output
+    ctx.save_for_backward(x if branch is None else summed, weight, mean, rstd)
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, weight, bias)]
+    # an anchored loop boundary uses normed alone: no zeros to write and read for the other
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dsummed, dnormed, *_):  # type: ignore[no-untyped-def]
+    summed, weight, mean, rstd = ctx.saved_tensors
+    x_dtype, branch_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    rest = (None,) * 5
+    if dnormed is None:
+        dbranch = None if dsummed is None or branch_dtype is None else dsummed.to(branch_dtype)
+        return dsummed, dbranch, None, None, *rest
+    own_dtype = None if branch_dtype == x_dtype else branch_dtype
+    dx, dbranch, dweight, dbias = _backward_op(
+        dsummed, dnormed, summed, weight, mean, rstd, ctx.centre, bias_dtype is not None, own_dtype, ctx.rows, ctx.warps
+    )
+    if own_dtype is None:
+        dbranch = None if branch_dtype is None else dx
+    dweight = None if weight_dtype is None else dweight.to(weight_dtype)
+    dbias = None if bias_dtype is None else dbias.to(bias_dtype)
+    return dx, dbranch, dweight, dbias, *rest
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _example(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> dict[str, Tensor]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng)
+
+    problem = {"x": 2 * draw(3, 37, 100) + 1, "branch": draw(3, 37, 100), "weight": draw(100) + 1, "bias": draw(100)}
+    return {name: value.to(device, dtype) for name, value in problem.items()}
+
+
+OP = Op(
+    name="residual_norm",
+    call=residual_norm,
+    example=_example,
+    impls=("torch", "triton"),
+    dtypes=FUSED_DTYPES,
+    tolerance={torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5},
+    grads=("x", "branch", "weight", "bias"),
+)

@@ -1,0 +1,69 @@
+"""Counter-based random numbers: functions of (seed, stream, step, index, position), not of generator state.
+
+Philox4x32-10 (Salmon et al., SC 2011) in int64 torch arithmetic, the same numbers on every device.
+With it S, t and masks of a training step, and the noise of a sampled token, depend on nothing but
+what they are for: resume, rank count, accumulation, batch composition and padding change nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+# One stream a purpose, so that no two purposes share numbers under one seed.
+LOOPS, TIME, MASK, SAMPLE_POSITION, SAMPLE_TOKEN, DATA = range(6)
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox4x32. Counter and key words are int64 tensors in [0, 2^32); so are the four results."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for round_ in range(10):
+        if round_:
+            k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps mod 2^64; both halves survive
+        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int | Tensor, stream: int, step: int | Tensor, index: Tensor, count: int) -> Tensor:
+    """`count` numbers for each index: fp32 [len(index), count], an odd multiple of 2^-24, so inside (0, 1).
+
+    Args:
+        seed: below 2^64, one or an int64 tensor of one a row.
+        stream: purpose, 0..255.
+        step: below 2^32, one or one a row.
+        index: int64 [N], the global sample index or row, below 2^32.
+        count: numbers a row; number j depends on j but not on `count`.
+    """
+    device = index.device
+    row = index.to(torch.int64)[:, None]
+    seed_ = torch.as_tensor(seed if isinstance(seed, Tensor) else signed(seed), dtype=torch.int64, device=device)
+    step_ = torch.as_tensor(step, dtype=torch.int64, device=device)
+    seed_, step_ = (v[:, None] if v.dim() else v for v in (seed_, step_))
+    block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)[None, :]
+    words = philox(
+        tuple(torch.broadcast_tensors(block, row & _LOW, step_ & _LOW, torch.full_like(block, stream))),  # type: ignore[arg-type]
+        (seed_ & _LOW, (seed_ >> 32) & _LOW),
+    )
+    bits = torch.stack(words, dim=-1).flatten(1)[:, :count]
+    # 23 bits: with 24 the largest number would round to 1.0 in fp32.
+    return (bits >> 9).to(torch.float32) * 2.0**-23 + 2.0**-24
+
+
+def scalar(seed: int, stream: int, step: int) -> float:
+    """One number in (0, 1) for a step."""
+    return float(uniform(seed, stream, step, torch.zeros(1, dtype=torch.int64), 1))
+
+
+def signed(seed: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit seed."""
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed is {seed!r}; it must be a whole number below 2^64")
+    return seed - 2**64 if seed >= 2**63 else seed

@@ -1,0 +1,213 @@
+"""residual_norm: the torch implementation against the float64 oracle (the kernel: tests/interpret)."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from loopmdm.errors import InputError
+from loopmdm.ops import residual_norm as module
+from loopmdm.ops.contract import interpreting
+from loopmdm.ops.residual_norm import KINDS, OP, residual_norm
+
+from . import oracle
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# root mean square error over that of the truth: about two roundings in the dtype
+LIMIT = {FP64: 1e-14, FP32: 1e-6, FP16: 6e-4, BF16: 5e-3}
+SHAPES = [(1, 1), (7, 3), (2, 5, 100), (3, 17, 63), (2, 252, 507), (4, 768), (0, 8)]
+
+
+def problem(
+    shape: tuple[int, ...], stream: torch.dtype, other: torch.dtype, without: str = "", mean: float = 0.0
+) -> dict[str, Tensor | None]:
+    rng = torch.Generator().manual_seed(len(shape) * shape[-1])
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng, dtype=FP64)
+
+    dim = shape[-1]
+    made: dict[str, Tensor | None] = {
+        "x": (draw(*shape) + mean).to(stream),
+        "branch": draw(*shape).to(other),
+        "weight": (draw(dim).abs() + 0.5).to(stream),
+        "bias": draw(dim).to(stream),
+    }
+    return {name: None if name in without.split() else value for name, value in made.items()}
+
+
+def errors(inputs: dict[str, Tensor | None], kind: str, eps: float = 1e-5, **options: object) -> dict[str, float]:
+    ours = functools.partial(residual_norm, kind=kind, eps=eps, **options)  # type: ignore[arg-type]
+    truth = functools.partial(oracle.residual_norm, kind=kind, eps=eps, stream=inputs["x"].dtype)  # type: ignore[union-attr]
+    return oracle.errors(ours, truth, inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+    for name, value in errors(problem(shape, dtype, dtype), kind).items():
+        if kind == "layernorm" and shape[-1] == 1:
+            continue  # one number's deviation from its own mean: the truth is 0
+        assert value <= LIMIT[dtype], f"{name}: {value:.1e}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("without", ["branch", "weight", "bias", "weight bias", "branch weight bias"])
+@pytest.mark.parametrize("dtype", [FP64, BF16], ids=str)
+def test_optional_inputs(dtype: torch.dtype, without: str, kind: str) -> None:
+    for name, value in errors(problem((3, 17, 63), dtype, dtype, without), kind).items():
+        assert value <= LIMIT[dtype], f"{name}: {value:.1e}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stream, other, out", [(FP32, BF16, BF16), (FP32, BF16, None), (BF16, FP32, FP32), (FP16, FP16, FP32)])
+def test_mixed_dtypes(stream: torch.dtype, other: torch.dtype, out: torch.dtype | None, kind: str) -> None:
+    inputs = problem((2, 31, 100), stream, other)
+    got = errors(inputs, kind, out_dtype=out)
+    coarsest = max(stream, other, out or stream, key=LIMIT.__getitem__)
+    for name, value in got.items():
+        assert value <= LIMIT[coarsest], f"{name}: {value:.1e}"
+    # what never passes through 16 bits keeps fp32's accuracy
+    if stream == FP32:
+        assert got["out0"] <= LIMIT[FP32]
+    if out == FP32:
+        assert got["out1"] <= LIMIT[FP32]
+    assert residual_norm(**inputs, kind=kind, out_dtype=out)[1].dtype == (out or stream)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mean", [0, 1, 10, 100])
+def test_mean_that_dwarfs_the_spread(mean: float, kind: str) -> None:
+    """Condition number mean/std: fp32 may lose that many digits and no more."""
+    got = errors(problem((5, 33, 128), FP32, FP32, mean=mean), kind)
+    for name, value in got.items():
+        assert value <= LIMIT[FP32] * max(1, mean), f"{name}: {value:.1e}"
+
+
+def test_statistics_are_those_of_the_stored_sum() -> None:
+    """In bf16 100 + 0.25 is stored as 100: the branch must vanish from normed as well."""
+    x, branch = torch.full((1, 64), 100.0, dtype=BF16), torch.full((1, 64), 0.25, dtype=BF16)
+    branch[:, ::2] *= -1
+    summed, normed = residual_norm(x, branch, kind="layernorm", out_dtype=FP32)
+    assert torch.equal(summed, x)
+    assert torch.equal(normed, torch.zeros_like(normed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 1.0])
+def test_eps(eps: float, kind: str) -> None:
+    inputs = problem((4, 9, 20), FP64, FP64)
+    assert max(errors(inputs, kind, eps=eps).values()) < LIMIT[FP64]
+
+
+def test_no_branch_returns_x_itself() -> None:
+    x = torch.randn(3, 8)
+    assert residual_norm(x, None)[0] is x
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_output_used(kind: str, used: int) -> None:
+    """An anchored loop boundary takes normed alone."""
+    inputs = problem((3, 5, 24), FP64, FP64, "weight bias" if used == 0 else "")
+    ours = functools.partial(residual_norm, kind=kind)
+    truth = functools.partial(oracle.residual_norm, kind=kind, eps=1e-5, stream=FP64)
+    got = oracle.errors(lambda **k: ours(**k)[used : used + 1], lambda **k: truth(**k)[used : used + 1], inputs)
+    assert max(got.values()) < LIMIT[FP64]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("without", ["", "branch", "weight bias"])
+def test_gradcheck(without: str, kind: str) -> None:
+    inputs = {n: v if v is None else v.requires_grad_() for n, v in problem((2, 3, 7), FP64, FP64, without).items()}
+    assert torch.autograd.gradcheck(functools.partial(residual_norm, kind=kind), tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_and_inference_run_the_same_numbers(kind: str) -> None:
+    """With gradients RMS norm takes another route on CPU."""
+    inputs = problem((6, 50), FP32, FP32)
+    with torch.no_grad():
+        quiet = residual_norm(**inputs, kind=kind)  # type: ignore[arg-type]
+    loud = residual_norm(**inputs, kind=kind)  # type: ignore[arg-type]
+    for a, b in zip(quiet, loud, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_compiles_in_one_graph_for_any_row_count() -> None:
+    torch.compiler.reset()
+    traced = torch.compile(residual_norm, backend="eager", fullgraph=True, dynamic=True)
+    weight = torch.rand(8) + 0.5
+    for rows in (4, 5, 9):
+        x, branch = torch.randn(rows, 8), torch.randn(rows, 8)
+        for a, b in zip(traced(x, branch, weight), residual_norm(x, branch, weight), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+FAKE = [("", FP32, FP32, FP32), ("branch", FP32, FP32, BF16), ("weight bias", FP32, BF16, BF16), ("bias", BF16, FP32, FP32)]
+
+
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("without, stream, other, out", FAKE)
+def test_registration_describes_the_kernel(
+    without: str, stream: torch.dtype, other: torch.dtype, out: torch.dtype, centre: bool
+) -> None:
+    """Schema, fake outputs and autograd formula; the kernel itself needs the interpreter or a GPU."""
+    values = [v if v is None else v.requires_grad_() for v in problem((2, 3, 8), stream, other, without).values()]
+    args = (*values, centre, 1e-5, out, 0, 0)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if interpreting():
+        torch.library.opcheck(module._forward_op, args, test_utils=[*checks, "test_aot_dispatch_dynamic"])
+        return
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [v if v is None else mode.from_tensor(v) for v in values]
+        summed, normed, mean, rstd = module._forward_op(*fakes, centre, 1e-5, out, 0, 0)
+        assert (normed.shape, normed.dtype) == ((2, 3, 8), out)
+        assert summed.shape == ((0,) if "branch" in without else (2, 3, 8)) and summed.dtype == stream
+        assert mean.numel() == 6 * centre and rstd.numel() == 6
+        used = [normed] if "branch" in without else [summed, normed]
+        leaves = [v for v in fakes if v is not None]
+        grads = torch.autograd.grad(used, leaves, [torch.ones_like(o) for o in used])
+        assert [(g.shape, g.dtype) for g in grads] == [(v.shape, v.dtype) for v in leaves]
+
+
+GOOD = torch.zeros(2, 6)
+
+
+@pytest.mark.parametrize(
+    "args, options, sentence",
+    [
+        ((torch.zeros(()), None), {}, r"x is \[\]; it must be \[\.\.\., D\]"),
+        ((torch.zeros(3, 0), None), {}, r"x is \[3, 0\]"),
+        ((torch.zeros(2, 6, dtype=torch.int64), None), {}, "x is torch.int64"),
+        ((GOOD, None), {"out_dtype": torch.int8}, "out_dtype torch.int8; both must be floating point"),
+        ((GOOD, torch.zeros(6)), {}, r"branch is \[6\] and x is \[2, 6\]"),
+        ((GOOD, GOOD, torch.zeros(5)), {}, r"weight is \[5\]; for x \[2, 6\] it must be \[6\]"),
+        ((GOOD, GOOD, None, torch.zeros(1, 6)), {}, r"bias is \[1, 6\]"),
+        ((GOOD, GOOD), {"kind": "rms"}, "no kind 'rms'; did you mean 'rmsnorm'"),
+        ((GOOD, GOOD), {"eps": -1.0}, "eps is -1.0; it must not be negative"),
+        ((GOOD, GOOD), {"impl": "tritn"}, "no impl 'tritn'; did you mean 'triton'"),
+    ],
+)
+def test_errors_say_what_to_do(args: tuple[Tensor, ...], options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence) as caught:
+        residual_norm(*args, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_import_loads_no_triton() -> None:
+    code = "import sys, loopmdm.ops.residual_norm; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_self_check_agrees_with_itself() -> None:
+    assert OP.deviation("torch", torch.device("cpu"), FP32) == 0.0
