@@ -37,8 +37,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def default_config(dim: int) -> dict[str, int]:
     """Rows a program and warps: 8 fp32 values a thread and tile. With 16 some GPUs spill in the backward."""
     block = triton.next_power_of_2(dim)
-    rows = max(1, min(16, 1024 // block))
-    return {"rows": rows, "warps": max(4, rows * block // 256)}
+    return {"rows": max(1, min(8, 1024 // block)), "warps": max(4, block // 256)}
 
 
 # Row counts vary from step to step: a count of 1, or a multiple of 16, must not compile a kernel of its own.

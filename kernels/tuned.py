@@ -1,7 +1,7 @@
 """Which implementation of an op runs where: static evidence rows, one JSON file an op in `tables/`.
 
 A row says "op `op` on architecture `arch` in `dtype`, for sizes up to `upto`, runs `impl` with
-`config`", and carries its evidence: `measured: <file in benchmarks/results>` or `compiled` (it fits
+`config`", and carries its evidence: `measured: benchmarks/results/FILE` or `compiled` (it fits
 and does not spill, nobody timed it). Automatic dispatch uses measured rows only. Nothing autotunes
 at run time.
 """

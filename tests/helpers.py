@@ -110,3 +110,26 @@ def ids(batch, length, vocab_size=11, seed=1, masks=0.3):
     rng = torch.Generator().manual_seed(seed)
     out = torch.randint(0, vocab_size - 1, (batch, length), generator=rng)
     return out.masked_fill(torch.rand(out.shape, generator=rng) < masks, vocab_size - 1)
+
+
+class Table:
+    """A Denoiser that is no LoopMDM: logits at i from a table of (id at i, i), optionally read one position late.
+
+    It keeps what it was called with in `calls`.
+    """
+
+    def __init__(self, table, mask_id, logit_shift=0, suppressed=(), max_length=None):
+        self.table = table  # [T, V, V] in any dtype: position, id seen there, logit
+        self.vocab_size, self.mask_id, self.pad_id = table.shape[-1], mask_id, 0
+        self.suppressed_ids = (mask_id, *suppressed)
+        self.logit_shift, self.max_length, self.max_loops, self.calls = logit_shift, max_length, 1, []
+
+    def hidden(self, input_ids, attention_mask=None, num_loops=None, sigma=None):
+        self.calls.append((input_ids.clone(), attention_mask, num_loops, sigma))
+        return self.table[torch.arange(input_ids.shape[1]), input_ids]
+
+    def head(self):
+        return torch.eye(self.vocab_size, dtype=self.table.dtype), None
+
+    def forward_flops(self, length, num_loops):
+        return 100.0 * length

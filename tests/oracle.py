@@ -46,8 +46,10 @@ def errors(
     `truth` is called on float64 copies of the inputs, `ours` on the inputs; both by keyword.
     """
     floating = [name for name, value in inputs.items() if value is not None and value.is_floating_point()]
-    got_in = {name: value.detach().requires_grad_() if name in floating else value for name, value in inputs.items()}  # type: ignore[union-attr]
-    want_in = {name: value.double().detach().requires_grad_() if name in floating else value for name, value in inputs.items()}  # type: ignore[union-attr]
+    got_in, want_in = dict(inputs), dict(inputs)
+    for name in floating:
+        value = inputs[name].detach()  # type: ignore[union-attr]
+        got_in[name], want_in[name] = value.requires_grad_(), value.clone().double().detach().requires_grad_()
     got, want = ours(**got_in), truth(**want_in)
     rng = torch.Generator().manual_seed(seed)
     # drawn in the output's dtype, so that both sides differentiate the same sum

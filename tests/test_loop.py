@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-import unlooped
-from helpers import BACKBONES, ids, live, randomize_, tiny
+from . import unlooped
+from .helpers import BACKBONES, ids, live, randomize_, tiny
 
 from loopmdm.errors import InputError
 from loopmdm.model.lm import LoopMDM

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loopmdm.errors import InputError
 from loopmdm.ops import residual_norm as module
-from loopmdm.ops.contract import interpreting
 from loopmdm.ops.residual_norm import KINDS, OP, residual_norm
 
 from . import oracle
@@ -66,7 +66,9 @@ def test_optional_inputs(dtype: torch.dtype, without: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stream, other, out", [(FP32, BF16, BF16), (FP32, BF16, None), (BF16, FP32, FP32), (FP16, FP16, FP32)])
+@pytest.mark.parametrize(
+    "stream, other, out", [(FP32, BF16, BF16), (FP32, BF16, None), (BF16, FP32, FP32), (FP16, FP16, FP32)]
+)
 def test_mixed_dtypes(stream: torch.dtype, other: torch.dtype, out: torch.dtype | None, kind: str) -> None:
     inputs = problem((2, 31, 100), stream, other)
     got = errors(inputs, kind, out_dtype=out)
@@ -150,25 +152,23 @@ def test_compiles_in_one_graph_for_any_row_count() -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-FAKE = [("", FP32, FP32, FP32), ("branch", FP32, FP32, BF16), ("weight bias", FP32, BF16, BF16), ("bias", BF16, FP32, FP32)]
-
-
 @pytest.mark.parametrize("centre", [False, True])
-@pytest.mark.parametrize("without, stream, other, out", FAKE)
-def test_registration_describes_the_kernel(
+@pytest.mark.parametrize(
+    "without, stream, other, out",
+    [
+        ("", FP32, FP32, FP32),
+        ("branch", FP32, FP32, BF16),
+        ("weight bias", FP32, BF16, BF16),
+        ("bias", BF16, FP32, FP32),
+    ],
+)
+def test_fake_outputs_and_gradients(
     without: str, stream: torch.dtype, other: torch.dtype, out: torch.dtype, centre: bool
 ) -> None:
-    """Schema, fake outputs and autograd formula; the kernel itself needs the interpreter or a GPU."""
-    values = [v if v is None else v.requires_grad_() for v in problem((2, 3, 8), stream, other, without).values()]
-    args = (*values, centre, 1e-5, out, 0, 0)
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if interpreting():
-        torch.library.opcheck(module._forward_op, args, test_utils=[*checks, "test_aot_dispatch_dynamic"])
-        return
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+    """What torch.compile is told about the kernel. (opcheck runs the kernel: tests/interpret.)"""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [v if v is None else mode.from_tensor(v) for v in values]
+        values = problem((2, 3, 8), stream, other, without).values()
+        fakes = [v if v is None else mode.from_tensor(v).requires_grad_() for v in values]
         summed, normed, mean, rstd = module._forward_op(*fakes, centre, 1e-5, out, 0, 0)
         assert (normed.shape, normed.dtype) == ((2, 3, 8), out)
         assert summed.shape == ((0,) if "branch" in without else (2, 3, 8)) and summed.dtype == stream

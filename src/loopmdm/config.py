@@ -47,6 +47,7 @@ class LoopConfig:
     boundary: str = "plain"
 
     def __post_init__(self) -> None:
+        _typed(self, "loop.")
         if self.start < 0 or self.length < 1:
             raise InputError(
                 f"the looped block starts at layer {self.start} with length {self.length}; "
@@ -125,17 +126,19 @@ class ModelConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
+        _typed(self, "")
         for name in (
             "vocab_size",
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
             "intermediate_size",
+            "head_dim",
             "max_position_embeddings",
             "cond_dim",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
         for name, options in CHOICES.items():
             _one_of(name, getattr(self, name), options)
@@ -228,6 +231,27 @@ def check_loops(num_loops: int, name: str = "num_loops") -> int:
     if not isinstance(num_loops, int) or isinstance(num_loops, bool) or num_loops < 1:
         raise InputError(f"{name} is {num_loops!r}; the looped block is visited a whole number of times, at least once")
     return num_loops
+
+
+_WORDS = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false", "None": "null"}
+_TYPES: dict[str, Any] = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+    "None": type(None),
+    "LoopConfig": LoopConfig,
+}
+
+
+def _typed(config: LoopConfig | ModelConfig, prefix: str) -> None:
+    """Refuse a field that is not of its annotated type, as a hand-written config.json may hold."""
+    for spec in dataclasses.fields(config):
+        value, kinds = getattr(config, spec.name), str(spec.type).split(" | ")
+        fits = any(isinstance(value, _TYPES[kind]) for kind in kinds)
+        if not fits or (isinstance(value, bool) and "bool" not in kinds):
+            expected = " or ".join(_WORDS.get(kind, f"a {kind}") for kind in kinds)
+            raise InputError(f"{prefix}{spec.name} is {value!r}; it must be {expected}")
 
 
 def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:

@@ -153,17 +153,28 @@ def nelbo(
             training loss.
 
     Raises:
-        InputError: mask ids in the data, shapes that disagree, an unknown objective, S < 1.
+        InputError: ids in the data that the model never predicts, [MASK] among them (checked on CPU), shapes that
+            disagree, an unknown objective, S < 1.
     """
-    B, T = tokens.shape
+    B = len(tokens)
     device = tokens.device
+    for name, given in (("attention_mask", attention_mask), ("maskable", maskable), ("mask", mask)):
+        if given is not None and given.shape != tokens.shape:
+            raise InputError(f"{name} is {list(given.shape)}, tokens is {list(tokens.shape)}; they must agree")
+    for name, given in (("t", t), ("index", index)):
+        if given is not None and given.shape != tokens.shape[:1]:
+            raise InputError(f"{name} is {list(given.shape)}; it must be [{B}], one for each sequence")
     counted = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if maskable is not None:
-        if maskable.shape != tokens.shape:
-            raise InputError(f"maskable is {list(maskable.shape)}, tokens is {list(tokens.shape)}; they must agree")
-        counted = counted & maskable
-    if device.type == "cpu" and bool(((tokens == model.mask_id) & counted).any()):
-        raise InputError(f"the data contain the mask id {model.mask_id}; clean tokens cannot be [MASK]")
+        counted = counted & maskable.bool()
+    if device.type == "cpu":
+        if bool(((tokens == model.mask_id) & counted).any()):
+            raise InputError(f"the data contain the mask id {model.mask_id}; clean tokens cannot be [MASK]")
+        for never in model.suppressed_ids:
+            if bool(((tokens == never) & counted).any()):
+                raise InputError(
+                    f"the data contain id {never}, which this model never predicts; leave it out with maskable"
+                )
     if objective not in ("nelbo", "masked_mean"):
         raise InputError(f"objective is {objective!r}; it must be 'nelbo' or 'masked_mean'")
 
@@ -178,7 +189,7 @@ def nelbo(
     if mask is None:
         corruption = corrupt(tokens, model.mask_id, t, seed=seed, step=step, index=index, maskable=counted)
     else:
-        mask = mask & counted
+        mask = mask.bool() & counted
         corruption = Corruption(tokens.masked_fill(mask, model.mask_id), mask, t)
 
     sigma = LogLinear().sigma(t)

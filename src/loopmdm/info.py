@@ -55,7 +55,7 @@ def _version(package: str) -> str | None:
 
 
 def _build() -> str:
-    built = contract._extension()
+    built = contract.extension()
     if built is None:
         return "without loopmdm._C (torch and triton only)"
     if not built.has_cuda:
@@ -72,7 +72,7 @@ def _device(device: torch.device) -> str:
 
 def _notes(devices: list[torch.device]) -> list[str]:
     notes = []
-    built = contract._extension()
+    built = contract.extension()
     if built is not None and built.has_cuda:
         notes += [note for note in (driver_note(built.cuda_driver_version(), built.cuda_version),) if note]
         for device in devices:

@@ -49,7 +49,7 @@ def uniform(seed: int | Tensor, stream: int, step: int | Tensor, index: Tensor, 
     seed_, step_ = (v[:, None] if v.dim() else v for v in (seed_, step_))
     block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)[None, :]
     words = philox(
-        tuple(torch.broadcast_tensors(block, row & _LOW, step_ & _LOW, torch.full_like(block, stream))),  # type: ignore[arg-type]
+        tuple(torch.broadcast_tensors(block, row & _LOW, step_ & _LOW, torch.full_like(block, stream))),
         (seed_ & _LOW, (seed_ >> 32) & _LOW),
     )
     bits = torch.stack(words, dim=-1).flatten(1)[:, :count]

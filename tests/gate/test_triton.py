@@ -10,6 +10,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="the compile gate needs triton")
 
 from loopmdm.kernels import residual_norm  # noqa: E402
+
 from loopmdm.ops.contract import all_ops, interpreting  # noqa: E402
 
 from .gate import Case, cases, compile_for, kernel_files, shared_limit  # noqa: E402
@@ -22,7 +23,9 @@ if interpreting():
 def test_fits_without_spills(case: Case) -> None:
     binary = compile_for(case.arch, case.compile)
     threads = 32 * case.compile.num_warps
-    assert binary.spills == 0 and binary.stack == 0, f"{binary.spills} spill instructions, {binary.stack} bytes of stack"
+    assert binary.spills == 0 and binary.stack == 0, (
+        f"{binary.spills} spill instructions, {binary.stack} bytes of stack"
+    )
     assert 0 < binary.registers <= min(case.compile.registers, 65536 // threads)
     assert binary.shared <= shared_limit(case.arch)
     for wanted in case.compile.contains:

@@ -46,7 +46,7 @@ def build_tokenizer(kind: str, text: str, vocab_size: int = 4096) -> Tokenizer:
 
     Args:
         kind: "char" (one id a character of the text), "byte" (256 ids), or "bpe" (byte-level BPE trained
-            on the text, `vocab_size` ids).
+            on the text, at most `vocab_size` ids).
     """
     if kind == "char":
         symbols = sorted(set(text))
@@ -73,6 +73,10 @@ def build_tokenizer(kind: str, text: str, vocab_size: int = 4096) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids; text that the tokenizer cannot spell is an InputError that names the character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not UTF-8: it holds {text[error.start]!r} at position {error.start}") from None
     if isinstance(tokenizer.model, models.WordLevel):
         known = tokenizer.get_vocab()
         strange = next((c for c in text if c not in known), None)
@@ -113,16 +117,17 @@ class TextData:
     unigram_bits: float
 
     @classmethod
-    def from_text(
-        cls, text: str, tokenizer: Tokenizer, length: int, valid_share: float = 0.05, seed: int = 0
-    ) -> TextData:
+    def from_text(cls, text: str, tokenizer: Tokenizer, length: int, valid_share: float = 0.05) -> TextData:
         """Split off `valid_share` of the text in 20 blocks spread over it, so that both parts are alike."""
+        if length < 1:
+            raise InputError(f"length is {length}; a window takes at least one token")
         train_text, valid_text = _hold_out(text, valid_share)
         train, valid = (torch.tensor(encode(tokenizer, part)) for part in (train_text, valid_text))
         for name, part in (("training", train), ("validation", valid)):
-            if len(part) < length + 1:
+            if len(part) < length:
                 raise InputError(
-                    f"the text is too short: its {name} part has {len(part)} tokens, a window takes {length}"
+                    f"the text is too short: its {name} part has {len(part)} tokens, a window takes {length}; give "
+                    "more text or a shorter length"
                 )
         return cls(
             train, valid, length, tokenizer, len(valid_text) / len(valid), cross_entropy_bits(train_text, valid_text)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..errors import InputError
+from ..errors import InputError, nearest
+
+OPTIMIZERS = ("adamw", "muon")
+DECAYS = ("constant", "linear", "cosine")
 
 
 def build_optimizers(model: nn.Module, name: str, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
@@ -22,8 +25,9 @@ def build_optimizers(model: nn.Module, name: str, lr: float, matrix_lr: float) -
     if name == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
     if name != "muon":
-        raise InputError(f"optimizer is {name!r}; it must be 'adamw' or 'muon'")
-    matrices, rest = [], []
+        raise InputError(f"optimizer is {name!r}{nearest(name, OPTIMIZERS)}")
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for key, parameter in model.named_parameters():
         outside = parameter.dim() != 2 or any(part in key for part in ("embed", "lm_head", "modulation"))
         (rest if outside else matrices).append(parameter)
@@ -49,7 +53,7 @@ def rate(progress: float, step: int, warmup: int, decay: str = "linear", tail: f
         return up * left
     if decay == "cosine":
         return up * 0.5 * (1 - math.cos(math.pi * left))
-    raise InputError(f"decay is {decay!r}; it must be 'constant', 'linear' or 'cosine'")
+    raise InputError(f"decay is {decay!r}{nearest(decay, DECAYS)}")
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:

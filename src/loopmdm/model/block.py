@@ -45,9 +45,7 @@ class Norm(nn.Module):
         self, x: Tensor, branch: Tensor | None = None, out_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """x, branch [..., D] -> (x + branch in x's dtype, norm(x + branch) in out_dtype or x's)."""
-        return residual_norm(
-            x, branch, self.weight, self.bias, kind=self.kind, eps=self.eps, out_dtype=out_dtype
-        )
+        return residual_norm(x, branch, self.weight, self.bias, kind=self.kind, eps=self.eps, out_dtype=out_dtype)
 
 
 class Attention(nn.Module):
@@ -77,7 +75,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q)[1], self.k_norm(k)[1]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, hd], twice [B, G, T, hd]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, enable_gqa=H != G)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -63,7 +63,8 @@ def logits_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor) -> Tensor:
         rows: bool [B, T], N of them True.
 
     Returns:
-        [N, V] in fp32 (float64 if hidden is), row-major order of `rows`, suppressed ids at -inf (SUBS, arXiv 2406.07524).
+        [N, V] in fp32 (float64 if hidden is), in row-major order of `rows`, suppressed ids at -inf (SUBS,
+        arXiv 2406.07524).
     """
     if denoiser.logit_shift:
         batch, position = rows.nonzero(as_tuple=True)

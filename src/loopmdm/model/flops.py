@@ -68,7 +68,8 @@ def training_flops(
 
 def uniform_loops(max_loops: int) -> dict[int, float]:
     """S ~ U{1..S_max} as {S: probability}; its mean is (S_max + 1) / 2."""
-    return {s: 1 / check_loops(max_loops, "max_loops") for s in range(1, max_loops + 1)}
+    check_loops(max_loops, "max_loops")
+    return {s: 1 / max_loops for s in range(1, max_loops + 1)}
 
 
 def inverse_flops_loops(

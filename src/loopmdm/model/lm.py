@@ -1,8 +1,8 @@
 """LoopMDM: prelude, looped block, coda.
 
-    h      = prelude(embed(x_t))         layers [0, a)
-    h      = loop(h), S visits           layers [a, a+n)
-    logits = head(coda(h))               layers [a+n, L)
+h      = prelude(embed(x_t))         layers [0, a)
+h      = loop(h), S visits           layers [a, a+n)
+logits = head(coda(h))               layers [a+n, L)
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Output:
 
     def __init__(self, hidden: Tensor, loops: int, model: LoopMDM) -> None:
         self.hidden, self.loops = hidden, loops
-        self._model, self._logits = model, None
+        self._model = model
+        self._logits: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -63,6 +64,9 @@ class LoopMDM(
 
     A `Denoiser`: `nelbo`, `generate` and the rest take it as it is. Parameters do not depend on S.
     """
+
+    max_length: int | None
+    suppressed_ids: tuple[int, ...]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -324,8 +328,8 @@ def load_weights(model: LoopMDM, path: Path, device: str = "cpu") -> None:
     missing, extra = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
     if missing or extra:
         raise InputError(
-            f"{path} does not fit its configuration: {len(missing)} tensors missing"
-            f"{f' (first {missing[0]})' if missing else ''}, {len(extra)} unknown{f' (first {extra[0]})' if extra else ''}"
+            f"{path} does not fit its configuration: {len(missing)} tensors missing {missing[:1]}, "
+            f"{len(extra)} unknown {extra[:1]}"
         )
     for key, value in want.items():
         if state[key].shape != value.shape:
@@ -345,7 +349,7 @@ def _layout(ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | N
         # A sequence of padding alone would leave its queries with no key at all: it may look at itself.
         visible = real | ~real.any(-1, keepdim=True)
         return positions, visible[:, None, None, :]
-    document = torch.where(real, document_ids, -1)
+    document = torch.where(real, 2 * document_ids, -1)  # doubled, so that no document has padding's id
     first = torch.ones_like(real)
     first[:, 1:] = document[:, 1:] != document[:, :-1]
     positions = steps - torch.where(first, steps, 0).cummax(-1).values

@@ -77,5 +77,5 @@ class LoopedBlock(nn.Module):
             rope = rope_table(positions, config.head_dim or 0, config.rope_theta, config.rope_sign)
         if config.modulation == "adaln":
             # in the parameters' dtype: the residual stream may be wider
-            cond = torch.zeros(1, config.cond_dim, device=x.device, dtype=self.layers[0].mlp.up.weight.dtype)
+            cond = torch.zeros(1, config.cond_dim, device=x.device, dtype=next(self.parameters()).dtype)
         return Context(rope=rope, cond=cond)

@@ -57,7 +57,7 @@ def unavailable(impl: str, device: torch.device) -> str | None:
         if device.type == "cuda" or interpreting():
             return None
         return f"triton needs a CUDA device or TRITON_INTERPRET=1, the tensors are on {device.type}"
-    built = _extension()
+    built = extension()
     if built is None:
         return "loopmdm._C is not built"
     if impl == "cpp":
@@ -73,7 +73,8 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _extension() -> Any:
+def extension() -> Any:
+    """The compiled module `loopmdm._C`, or None where it was not built."""
     try:
         return importlib.import_module("loopmdm._C")
     except ImportError:
@@ -149,7 +150,7 @@ class Op:
             if leaves:
                 weights = [torch.randn(o.shape, generator=rng).to(o) for o in outputs]
                 total = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
-                outputs += torch.autograd.grad(total, leaves)  # type: ignore[arg-type]
+                outputs += torch.autograd.grad(total, leaves)
         return [o.detach() for o in outputs]
 
 

@@ -121,11 +121,11 @@ def _reference(
     summed = x if branch is None else _to(x + branch, x.dtype)
     dim = x.shape[-1:]
     compute = torch.float64 if x.dtype is torch.float64 else torch.float32
-    if x.dtype is out_dtype and x.dtype is not compute:
-        # torch's own 16-bit norms take statistics in fp32 and round once: no fp32 copy needed
-        same = all(t is None or t.dtype is x.dtype for t in (weight, bias))
-        if same and (kind == "layernorm" or (bias is None and not x.is_cpu)):
-            compute = x.dtype
+    same = x.dtype is out_dtype and all(t is None or t.dtype is x.dtype for t in (weight, bias))
+    if same and not x.is_cpu and (kind == "layernorm" or bias is None):
+        # torch's own GPU norms take statistics in fp32 and round once, so 16 bits need no fp32 copy;
+        # its CPU layer norm adds the gradients of weight and bias in 16 bits, and a bias after RMS rounds twice
+        compute = x.dtype
     wide = _to(summed, compute)
     weight = None if weight is None else _to(weight, compute)
     bias = None if bias is None else _to(bias, compute)
@@ -188,7 +188,7 @@ def _forward_op(
     rows: int,
     warps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(summed, normed, mean, rstd); summed is empty without a branch, mean without centring; rows or warps 0: default."""
+    """(summed, normed, mean, rstd): summed empty without a branch, mean without centring. rows, warps 0: default."""
     from ..kernels import residual_norm as kernel
 
     flat = [None if t is None else t.contiguous() for t in (x, branch, weight, bias)]
@@ -252,6 +252,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, branch, weight, bias, ctx.centre, _, _, ctx.rows, ctx.warps = inputs
     summed, _, mean, rstd = output
     ctx.save_for_backward(x if branch is None else summed, weight, mean, rstd)
+    ctx.mark_non_differentiable(*([summed] if branch is None else []), mean, rstd)
     ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, weight, bias)]
     # an anchored loop boundary uses normed alone: no zeros to write and read for the other
     ctx.set_materialize_grads(False)

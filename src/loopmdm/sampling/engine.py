@@ -202,6 +202,8 @@ def _arrange(
     if prompt is None:
         rows: list[list[int]] = [[] for _ in range(batch_size)]
     else:
+        if isinstance(prompt, Tensor) and prompt.dim() not in (1, 2):
+            raise InputError(f"prompt is {list(prompt.shape)}; expected ids [T] or [B, T]")
         data = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
         rows = [list(r) for r in data] if data and isinstance(data[0], (list, tuple)) else [data]  # type: ignore[list-item, arg-type]
     if not rows:

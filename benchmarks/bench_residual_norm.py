@@ -1,0 +1,108 @@
+"""residual_norm: what fusing the add and the norm buys, forward and backward.
+
+    pytest benchmarks/bench_residual_norm.py --benchmark-only
+
+Arms: "eager", the formula written out in torch, one kernel an operation; "torch", the op's reference;
+"triton", the fused kernel (CUDA only). All arms must agree before one is timed. Inputs are random and, on CUDA,
+rotate through copies that together exceed the L2 cache. extra_info holds the bytes that the fused
+operation must move and the rate that the median makes of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loopmdm.ops.residual_norm import residual_norm
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SHAPES = [(256, 512), (4096, 768), (65536, 768), (4096, 4096)] if CUDA else [(36 * 64, 64), (256, 768)]
+L2 = 128 << 20  # bytes, above any GPU's today
+# normed is what the next GEMM reads: bf16 on a GPU, and fp32 on a CPU, where the model trains in fp32
+OUT = torch.bfloat16 if CUDA else torch.float32
+NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="impl=triton needs a CUDA device")
+ARMS = ["eager", "torch", pytest.param("triton", marks=NEEDS_CUDA)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a shared machine a second thread measures the wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    summed = x + branch
+    centred = summed - summed.mean(-1, keepdim=True) if kind == "layernorm" else summed
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5) * weight
+    return summed, (normed if bias is None else normed + bias).to(OUT)
+
+
+def arm(name: str, kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if name == "eager":
+        return lambda x, branch, weight, bias: eager(x, branch, weight, bias, kind)
+    return lambda *inputs: residual_norm(*inputs, kind=kind, out_dtype=OUT, impl=name)
+
+
+def problem(rows: int, dim: int, kind: str, seed: int) -> list[Tensor | None]:
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng)
+
+    bias = draw(dim).to(DEVICE) if kind == "layernorm" else None
+    inputs = [draw(rows, dim).to(DEVICE), draw(rows, dim).to(DEVICE, OUT), (draw(dim).abs() + 0.5).to(DEVICE), bias]
+    return [None if t is None else t.requires_grad_() for t in inputs]
+
+
+def backward(outputs: tuple[Tensor, Tensor], inputs: list[Tensor | None], grads: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(outputs, [t for t in inputs if t is not None], grads)
+
+
+@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("step", ["forward", "training"])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("rows, dim", SHAPES)
+def test_residual_norm(benchmark: Any, rows: int, dim: int, kind: str, step: str, name: str) -> None:
+    benchmark.group = f"residual_norm {kind} {step} {rows}x{dim}"
+    run = arm(name, kind)
+    problems = [problem(rows, dim, kind, seed) for seed in range(max(2, L2 // (rows * dim * 10)) if CUDA else 2)]
+    problems = problems[:32]
+    grads = [torch.randn(rows, dim, device=DEVICE), torch.randn(rows, dim, device=DEVICE).to(OUT)]
+
+    got, want = run(*problems[0]), arm("eager", kind)(*problems[0])
+    pairs = [*zip(got, want, strict=True)]
+    pairs += [*zip(backward(got, problems[0], grads), backward(want, problems[0], grads), strict=True)]
+    for a, b in pairs:
+        close = 1e-2 if CUDA else 1e-4
+        assert (a.double() - b.double()).abs().max() <= close * b.double().abs().max(), "arms disagree; nothing to time"
+
+    turn = itertools.cycle(problems)
+
+    def once() -> None:
+        inputs = next(turn)
+        if step == "forward":
+            with torch.no_grad():
+                run(*inputs)
+        else:
+            backward(run(*inputs), inputs, grads)
+        if CUDA:
+            torch.cuda.synchronize()
+
+    once()
+    benchmark.pedantic(once, rounds=100 if CUDA else 20, warmup_rounds=10 if CUDA else 2)
+    stream, other = 4, OUT.itemsize
+    moved = rows * dim * (2 * stream + 2 * other)
+    if step == "training":
+        moved += rows * dim * (3 * stream + 2 * other if CUDA else 4 * stream)
+    benchmark.extra_info["bytes"] = moved
+    if benchmark.stats:
+        benchmark.extra_info["GB/s"] = round(moved / benchmark.stats["median"] / 1e9, 2)

@@ -1,0 +1,116 @@
+"""The demo's pictures: quality against S and FLOPs, quality during training, Sudoku grids loop by loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from torch import Tensor
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the backend is chosen
+from matplotlib.axes import Axes
+
+LOOPED, UNLOOPED, LIMIT = "#1f5fa8", "#c2571a", "#888888"
+
+
+def loops(path: Path, results: dict[str, Any], unit: str) -> None:
+    """NELBO, and the solve rate where there is one, against S (left) and against inference FLOPs (right)."""
+    rows = results["rows"]
+    measures = [("nelbo_bits", "nelbo_error", f"NELBO (bits a {unit})", 1.0)]
+    if "solved" in rows[0]:
+        measures.insert(0, ("solved", "solved_error", "solved in one step (%)", 100.0))
+    figure, axes = plt.subplots(len(measures), 2, figsize=(9, 3.4 * len(measures)), squeeze=False, sharey="row")
+    for (value, error, label, factor), (left, right) in zip(measures, axes, strict=True):
+        for axis, x in ((left, "loops"), (right, "mflop")):
+            for name, colour, marker in (("looped", LOOPED, "o-"), ("unlooped", UNLOOPED, "D")):
+                chosen = [row for row in rows if row["model"] == name]
+                if chosen:
+                    axis.errorbar(
+                        [row[x] for row in chosen],
+                        [factor * row[value] for row in chosen],
+                        [factor * row[error] for row in chosen],
+                        fmt=marker,
+                        color=colour,
+                        capsize=3,
+                        label=name if name == "looped" else "unlooped, same size and training FLOPs",
+                    )
+            axis.set_xlabel("S, visits of the looped layers" if x == "loops" else "MFLOP a forward pass")
+            axis.grid(alpha=0.25)
+        left.set_ylabel(label)
+        if value == "solved":
+            left.set_ylim(-3, 103)
+        left.set_xticks([row["loops"] for row in rows if row["model"] == "looped"])
+        if value == "nelbo_bits" and "unigram_bits" in results:
+            right.text(0.98, 0.95, f"letter frequencies alone: {results['unigram_bits']:.2f} bits", ha="right",
+                       va="top", transform=right.transAxes, color=LIMIT)  # fmt: skip
+    axes[0][0].legend(loc="best", frameon=False)
+    _save(figure, path, results["title"])
+
+
+def training(path: Path, results: dict[str, Any]) -> None:
+    """The watched measure against training FLOPs, one line for each S."""
+    run = results["training"]
+    measure, percent = run["measure"], run["measure"] == "solved"
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    _curve(axis, run, "looped, S = {}", LOOPED, percent)
+    if "unlooped" in run:
+        _curve(axis, run["unlooped"], "unlooped", UNLOOPED, percent)
+    if "unigram_bits" in results:
+        axis.axhline(results["unigram_bits"], color=LIMIT, linestyle=":", label="letter frequencies")
+    axis.set_xlabel("training TFLOP")
+    axis.set_ylabel("solved in one step (%)" if percent else f"NELBO ({measure})")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    _save(figure, path, results["title"])
+
+
+def _curve(axis: Axes, run: dict[str, Any], label: str, colour: str, percent: bool) -> None:
+    if not run["curve"]:
+        return
+    depths = list(run["curve"][0][run["measure"]])
+    for i, S in enumerate(depths):
+        axis.plot(
+            [point["tflop"] for point in run["curve"]],
+            [(100 if percent else 1) * point[run["measure"]][S] for point in run["curve"]],
+            marker="o",
+            color=colour,
+            linestyle="-" if i == len(depths) - 1 else "--",
+            alpha=1.0 if i == len(depths) - 1 else 0.55,
+            label=label.format(S),
+        )
+
+
+def grids(path: Path, puzzles: Tensor, answers: Tensor, filled: dict[int, Tensor]) -> None:
+    """Sudoku grids, one row a puzzle, one column an S: given digits black, right ones blue, wrong ones on red."""
+    blank = int(puzzles.max())
+    columns = [("puzzle", puzzles), *((f"S = {S}", tokens) for S, tokens in filled.items())]
+    figure, axes = plt.subplots(
+        len(puzzles), len(columns), figsize=(2.1 * len(columns), 2.5 * len(puzzles)), squeeze=False
+    )
+    for item, row in enumerate(axes):
+        for axis, (title, tokens) in zip(row, columns, strict=True):
+            clue = puzzles[item] != blank
+            wrong = (tokens[item] != answers[item]) & (tokens[item] != blank)
+            axis.set(xlim=(0, 6), ylim=(6, 0), aspect="equal", xticks=[], yticks=[])
+            suffix = "" if title == "puzzle" else f": {int(wrong.sum())} wrong"
+            axis.set_title(title + suffix, fontsize=10)
+            for i in range(7):
+                axis.axhline(i, color="black", linewidth=1.6 if i % 2 == 0 else 0.4)
+                axis.axvline(i, color="black", linewidth=1.6 if i % 3 == 0 else 0.4)
+            for index, token in enumerate(tokens[item].tolist()):
+                r, c = divmod(index, 6)
+                if wrong[index]:
+                    axis.add_patch(plt.Rectangle((c, r), 1, 1, color="#f2b8b0"))
+                if token != blank:
+                    colour = "black" if clue[index] else LOOPED
+                    axis.text(c + 0.5, r + 0.53, str(token + 1), ha="center", va="center", color=colour)
+    _save(figure, path, "Unseen Sudoku, one denoising step, more and more loops")
+
+
+def _save(figure: Any, path: Path, title: str) -> None:
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,86 @@
+"""Addition of two numbers written with leading zeros: `123+989=1112`, the sum to be filled in.
+
+A carry travels from the last digit to the first, so a one-step answer needs depth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import random
+from ...config import LoopConfig, ModelConfig
+from ..train import Recipe
+from . import symbol
+
+DIGITS = 6
+PLUS, EQUALS, BLANK = 10, 11, 12
+LENGTH = 3 * DIGITS + 3
+_SUM = slice(2 * DIGITS + 2, LENGTH)
+
+
+class Addition:
+    """The addition task of one seed (a `Puzzles`). No test pair of numbers is drawn in training."""
+
+    name, title, unit = "addition", f"{DIGITS}-digit addition, pairs never seen in training", "digit"
+    probe: tuple[int, ...] = (1, 4)
+    final: tuple[int, ...] = (1, 2, 4, 6, 8)
+
+    def __init__(self, seed: int = 0, scale: float = 1.0, puzzles: int = 400) -> None:
+        self.config = ModelConfig(
+            vocab_size=BLANK + 1,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=172,
+            positions="learned",
+            max_position_embeddings=LENGTH,
+            initializer_range=0.3,
+            loop=LoopConfig(start=1, length=2, max_loops=6, boundary="anchored"),
+        )
+        self.recipe = Recipe(
+            steps=max(1, round(600 * scale)),
+            batch_size=128,
+            optimizer="muon",
+            lr=3e-3,
+            matrix_lr=0.02,
+            warmup=50,
+            ema=0.98,
+            objective="masked_mean",
+            seed=seed,
+        )
+        self.seed = seed
+        self.held_out: set[tuple[int, int]] = set()
+        a, b = self._draw(0, torch.arange(puzzles))
+        self.held_out = set(zip(a.tolist(), b.tolist(), strict=True))
+        self.answers = _write(a, b)
+        self.puzzles = self.answers.clone()
+        self.puzzles[:, _SUM] = BLANK
+
+    def batch(self, step: int, index: Tensor) -> Tensor:
+        return _write(*self._draw(step + 1, index))
+
+    def _draw(self, step: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Uniform pairs; a held-out pair is moved to its neighbour."""
+        noise = random.uniform(self.seed, random.DATA, step, index, 2)
+        a, b = (noise.double() * 10**DIGITS).long().unbind(1)
+        for i, pair in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
+            while pair in self.held_out:
+                pair = (pair[0], (pair[1] + 1) % 10**DIGITS)
+            b[i] = pair[1]
+        return a, b
+
+    def lines(self, tokens: list[int], clue: list[bool], wrong: list[bool]) -> list[str]:
+        symbols = [*"0123456789+=."]
+        return ["".join(symbol(symbols[t], c, w) for t, c, w in zip(tokens, clue, wrong, strict=True))]
+
+
+def _write(a: Tensor, b: Tensor) -> Tensor:
+    """Numbers [N], [N] -> ids [N, LENGTH] of "a+b=sum", most significant digit first."""
+
+    def digits(number: Tensor, count: int) -> Tensor:
+        powers = 10 ** torch.arange(count - 1, -1, -1)
+        return number[:, None] // powers % 10
+
+    sign = torch.full((len(a), 1), PLUS)
+    return torch.cat((digits(a, DIGITS), sign, digits(b, DIGITS), sign + 1, digits(a + b, DIGITS + 1)), dim=1)

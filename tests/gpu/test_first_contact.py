@@ -1,0 +1,176 @@
+"""First contact with a GPU, in order: does it run, is it right, can it be captured, does it wait for the host.
+
+    pytest tests/gpu/test_first_contact.py -x -q        (about 90 s, most of it compiling)
+
+Every op and every GPU implementation is found through `all_ops()`; a new op needs nothing here.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loopmdm.ops.contract import Op, all_ops, unavailable
+from loopmdm.ops.residual_norm import KINDS, residual_norm
+
+from .. import oracle
+
+if not torch.cuda.is_available():
+    pytest.skip("first contact needs a CUDA device", allow_module_level=True)
+
+GPU = torch.device("cuda", torch.cuda.current_device())
+BF16, FP32 = torch.bfloat16, torch.float32
+FUSED = [
+    pytest.param(op, impl, id=f"{name}-{impl}")
+    for name, op in all_ops().items()
+    for impl in op.impls
+    if impl in ("triton", "cuda")
+]
+TRITON_NORM = pytest.mark.skipif(unavailable("triton", GPU) is not None, reason=f"{unavailable('triton', GPU)}")
+
+
+def ready(op: Op, impl: str) -> None:
+    reason = unavailable(impl, GPU)
+    if reason is not None:
+        pytest.skip(f"{op.name}: {reason}")
+
+
+def example(op: Op, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    return op.example(GPU, dtype, torch.Generator().manual_seed(seed))
+
+
+def outputs(op: Op, impl: str, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    result = op.call(**kwargs, impl=impl)
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.fixture
+def no_syncs() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("op, impl", FUSED)
+def test_1_agrees_with_torch(op: Op, impl: str) -> None:
+    ready(op, impl)
+    for dtype in op.dtypes:
+        for seed in range(3):
+            gap = op.deviation(impl, GPU, dtype, seed)
+            assert gap <= op.tolerance[dtype], f"{dtype}, seed {seed}: {gap:.2e}"
+
+
+@pytest.mark.parametrize("op, impl", FUSED)
+def test_2_same_bits_twice(op: Op, impl: str) -> None:
+    ready(op, impl)
+    for dtype in op.dtypes:
+        for a, b in zip(op._run(impl, GPU, dtype, 0), op._run(impl, GPU, dtype, 0), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op, impl", FUSED)
+def test_3_self_check_and_auto(op: Op, impl: str) -> None:
+    ready(op, impl)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in op.dtypes:
+            assert op.verify(impl, GPU, dtype) is None
+            assert op.deviation("auto", GPU, dtype) <= op.tolerance[dtype]
+
+
+@pytest.mark.parametrize("op, impl", FUSED)
+def test_4_never_waits_for_the_host(op: Op, impl: str, no_syncs: None) -> None:
+    ready(op, impl)
+    for dtype in op.dtypes:
+        torch.cuda.set_sync_debug_mode("default")
+        kwargs = example(op, dtype, 0)
+        outputs(op, impl, kwargs)  # compiles and loads
+        torch.cuda.set_sync_debug_mode("error")
+        outputs(op, impl, kwargs)
+
+
+@pytest.mark.parametrize("op, impl", FUSED)
+def test_5_graph_capture_and_replay_on_new_inputs(op: Op, impl: str) -> None:
+    ready(op, impl)
+    for dtype in op.dtypes:
+        static, fresh = example(op, dtype, 0), example(op, dtype, 1)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(side):
+            outputs(op, impl, static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            captured = outputs(op, impl, static)
+        for name, value in fresh.items():
+            if isinstance(value, Tensor):
+                static[name].copy_(value)
+        graph.replay()
+        for a, b in zip(captured, outputs(op, impl, fresh), strict=True):
+            assert torch.equal(a, b)
+
+
+@TRITON_NORM
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stream, other", [(FP32, BF16), (BF16, BF16), (FP32, FP32)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 768), (4097, 1000), (65536, 768), (8192, 4096), (100003, 64)], ids=str)
+def test_6_residual_norm_at_size(shape: tuple[int, int], stream: torch.dtype, other: torch.dtype, kind: str) -> None:
+    rng = torch.Generator(device=GPU).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng, device=GPU)
+
+    inputs = {"x": (3 * draw(*shape) + 1).to(stream), "branch": draw(*shape).to(other)}
+    inputs |= {"weight": draw(shape[1]).abs() + 0.5, "bias": draw(shape[1])}
+    truth = functools.partial(oracle.residual_norm, kind=kind, eps=1e-5, stream=stream)
+    ours, torchs = (
+        oracle.errors(functools.partial(residual_norm, kind=kind, out_dtype=other, impl=impl), truth, inputs)
+        for impl in ("triton", "torch")
+    )
+    for name, value in ours.items():
+        assert value <= 1.2 * torchs[name] + 2e-6, f"{name}: {value:.2e}, torch {torchs[name]:.2e}"
+
+
+@TRITON_NORM
+def test_7_residual_norm_beyond_32_bit_offsets() -> None:
+    rows, dim = (1 << 20) + 3, 2048
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("2³¹ elements need 24 GiB of free GPU memory")
+    x = torch.randn(rows, dim, device=GPU, dtype=BF16)
+    branch = torch.randn(rows, dim, device=GPU, dtype=BF16)
+    with torch.no_grad():
+        summed, normed = residual_norm(x, branch, impl="triton")
+        want = residual_norm(x[-5:], branch[-5:], impl="torch")
+    assert torch.equal(summed[-5:], want[0])
+    torch.testing.assert_close(normed[-5:], want[1], rtol=1e-2, atol=1e-2)
+
+
+@TRITON_NORM
+def test_8_residual_norm_training_step_in_a_graph() -> None:
+    """Forward and backward captured together, as a training step is; the sums of partial rows included."""
+    x, branch = torch.randn(512, 768, device=GPU), torch.randn(512, 768, device=GPU, dtype=BF16)
+    weight = torch.rand(768, device=GPU) + 0.5
+    leaves = [t.requires_grad_() for t in (x, branch, weight)]
+
+    def step() -> tuple[Tensor, ...]:
+        summed, normed = residual_norm(*leaves, out_dtype=BF16, impl="triton")
+        return torch.autograd.grad(summed.square().mean() + normed.float().square().mean(), leaves)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        assert torch.equal(a, b)
