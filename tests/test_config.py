@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
-from .helpers import tiny
 
 import loopmdm
 from loopmdm.config import PRESETS, LoopConfig, ModelConfig, preset
 from loopmdm.errors import InputError
 from loopmdm.model.lm import LoopMDM
+
+from .helpers import tiny
 
 
 def parameters(config):
@@ -122,6 +123,7 @@ GOOD = {
         ({"head_dim": 0}, "head_dim is 0"),
         ({"head_dim": -2}, "head_dim is -2"),
         ({"vocab_size": 0}, "vocab_size is 0; it must be a whole number of at least 1"),
+        ({"cond_dim": 0}, "cond_dim is 0; it must be a whole number of at least 1"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0; it must be a whole number"),
         ({"hidden_size": True}, "hidden_size is True"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
@@ -157,7 +159,7 @@ def test_odd_head_dim_is_fine_without_rotary():
 def test_missing_keys_and_broken_json():
     with pytest.raises(InputError, match="lacks hidden_size, num_hidden_layers"):
         ModelConfig.from_dict({"vocab_size": 3, "num_attention_heads": 1, "intermediate_size": 1})
-    with pytest.raises(InputError, match="mine.json is not JSON"):
+    with pytest.raises(InputError, match=r"mine\.json is not JSON"):
         ModelConfig.from_json("{", "mine.json")
     with pytest.raises(InputError, match="holds a list, not a configuration object"):
         ModelConfig.from_json("[1]")
@@ -168,7 +170,7 @@ def test_unknown_names_point_to_the_nearest():
         preset("paper-17m")
     with pytest.raises(InputError, match="did you mean 'paper-170m'"):
         LoopMDM.from_preset("paper170m")
-    with pytest.raises(InputError, match="known: paper-170m, .*tiny-llama"):
+    with pytest.raises(InputError, match=r"known: paper-170m, .*tiny-llama"):
         preset("qqqq")
     with pytest.raises(InputError, match="did you mean 'dropout'"):
         preset("tiny-dit", dropuot=0.5)

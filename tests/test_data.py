@@ -74,7 +74,7 @@ def test_what_a_tokenizer_cannot_spell(tokenizers):
     with pytest.raises(InputError, match=r"'Ω' is not in this model's vocabulary"):
         data.encode(tokenizers["char"], "the Ω")
     for tokenizer in tokenizers.values():
-        with pytest.raises(InputError, match="not UTF-8: it holds '.udc80' at position 1"):
+        with pytest.raises(InputError, match=r"not UTF-8: it holds '.udc80' at position 1"):
             data.encode(tokenizer, "t\udc80")  # a byte of the command line that is no UTF-8
 
 

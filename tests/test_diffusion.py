@@ -8,12 +8,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from .helpers import Table, ids, live, tiny
 
 from loopmdm import diffusion, random
 from loopmdm.diffusion import EPS, T_MIN, LogLinear, corrupt, nelbo, sample_loops, stratified_times
 from loopmdm.errors import InputError
 from loopmdm.model.denoiser import Denoiser
+
+from .helpers import Table, ids, live, tiny
 
 T, V = 4, 5  # ids 0..3 and the mask, 4
 
@@ -258,7 +259,7 @@ def test_batches_wrap_around():
 
 @pytest.mark.parametrize("bad", [(0.0, 1.0), (0.5, 0.4), (0.1, 1.1), (-1.0, 1.0)])
 def test_time_range_is_checked(bad):
-    with pytest.raises(InputError, match="t_range is .*0 < low <= high <= 1"):
+    with pytest.raises(InputError, match=r"t_range is .*0 < low <= high <= 1"):
         stratified_times(torch.arange(2), 2, 0, 0, bad)
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from .helpers import BACKBONES, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +19,8 @@ from loopmdm.model.flops import (
     uniform_loops,
 )
 from loopmdm.model.lm import LoopMDM
+
+from .helpers import BACKBONES, tiny
 
 # The paper counts a vocabulary of 50257, GPT-2's without the mask.
 PAPER = preset("paper-170m", vocab_size=50257)

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from .helpers import BACKBONES, ids, live, randomize_, tiny
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +13,8 @@ import loopmdm
 from loopmdm.errors import InputError
 from loopmdm.model import lm
 from loopmdm.model.lm import LoopMDM, load_weights, read_config
+
+from .helpers import BACKBONES, ids, live, randomize_, tiny
 
 CONFIGS = {
     "dit": tiny("dit", dropout=0.1),
@@ -181,10 +182,10 @@ def damaged(folder, how):
     if how == "missing key":
         del state["coda.0.mlp.up.weight"]
         save_file(state, weights)
-        return "1 tensors missing .first coda.0.mlp.up.weight., 0 unknown"
+        return r"1 tensors missing \W+coda\.0\.mlp\.up\.weight\W+ 0 unknown"
     state["loop.layers.7.mlp.up.weight"] = torch.zeros(3)
     save_file(state, weights)
-    return "0 tensors missing, 1 unknown .first loop.layers.7.mlp.up.weight"
+    return r"0 tensors missing\W+ 1 unknown \W+loop\.layers\.7\.mlp\.up\.weight"
 
 
 DAMAGE = [
@@ -209,7 +210,7 @@ DAMAGE = [
 
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damage_is_one_sentence(how, saved):
-    model, folder = saved
+    _, folder = saved
     words = damaged(folder, how)
     with pytest.raises(InputError, match=words) as caught:
         LoopMDM.from_pretrained(folder)
@@ -218,7 +219,7 @@ def test_damage_is_one_sentence(how, saved):
 
 @pytest.mark.parametrize("how", ["truncated", "wrong shape", "missing key", "extra key"])
 def test_a_file_that_does_not_fit_changes_nothing(how, saved):
-    model, folder = saved
+    _, folder = saved
     damaged(folder, how)
     other = live(CONFIGS["llama"], seed=5)
     before = {k: v.clone() for k, v in other.state_dict().items()}
@@ -237,7 +238,7 @@ def test_weights_of_another_architecture(saved, tmp_path):
 
 @pytest.mark.parametrize("where", ["nothing here", "./nothing/at/all", "someone/some-model"])
 def test_nothing_there(where):
-    with pytest.raises(InputError, match="is not a folder, and config.json could not be had from the Hub") as caught:
+    with pytest.raises(InputError, match=r"is not a folder, and config\.json could not be had from the Hub") as caught:
         LoopMDM.from_pretrained(where, local_files_only=True)
     assert "\n" not in str(caught.value)
 

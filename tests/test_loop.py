@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from . import unlooped
-from .helpers import BACKBONES, ids, live, randomize_, tiny
 
 from loopmdm.errors import InputError
 from loopmdm.model.lm import LoopMDM
 from loopmdm.model.loop import LoopedBlock
+
+from . import unlooped
+from .helpers import BACKBONES, ids, live, randomize_, tiny
 
 BOUNDARIES = ("plain", "anchored")
 RANGES = [(1, 2), (0, 1), (0, 4), (3, 1)]
@@ -160,7 +161,7 @@ def test_a_block_of_its_own_equals_the_model_s(backbone):
     model.loop.register_forward_hook(lambda _, args, out: inside.append((args, out)))
     with torch.no_grad():
         model(ids(2, 9), num_loops=2)
-        (x, loops, context), out = inside[0]
+        (x, _, context), out = inside[0]
         block = LoopedBlock(model.config)
         block.load_state_dict(model.loop.state_dict())
         if backbone == "dit":

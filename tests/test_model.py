@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from .helpers import BACKBONES, assert_live, ids, live, randomize_, tiny
 
 from loopmdm.errors import InputError
 from loopmdm.model.block import Block, Context, rope_table, rotate
 from loopmdm.model.denoiser import Denoiser, logits_at
 from loopmdm.model.lm import LoopMDM
+
+from .helpers import BACKBONES, assert_live, ids, live, randomize_, tiny
 
 
 def norm_formula(x, weight, bias, kind, eps):
@@ -170,7 +171,7 @@ def test_variants_differ():
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 def test_rotation_dtype(layout):
-    """"float32" rounds once at the end; "input" computes in bf16, and the two differ."""
+    """ "float32" rounds once at the end; "input" computes in bf16, and the two differ."""
     x = torch.randn(2, 9, 3, 8).bfloat16()
     table = rope_table(torch.arange(9) * 50, 8, 10000.0)
     exact = rotate(x.double(), table, layout, "float32")
@@ -348,9 +349,9 @@ def test_bf16_parameters(backbone, boundary):
         model = live(tiny(backbone, boundary=boundary, residual_in_fp32=wide))
         with torch.no_grad():
             want = model.hidden(tokens)
-            streams = []
-            half = model.bfloat16()
-            half.loop.layers[0].register_forward_hook(lambda _, args, out, s=streams: s.append((args[0].dtype, out.dtype)))
+            streams, half = [], model.bfloat16()
+            layer = half.loop.layers[0]
+            layer.register_forward_hook(lambda _, args, out, s=streams: s.append((args[0].dtype, out.dtype)))
             got = half(tokens)
         stream = torch.float32 if wide else torch.bfloat16
         assert set(streams) == {(stream, stream)} and len(streams) == 3

@@ -30,7 +30,6 @@ def test_muon_gets_the_blocks_matrices_and_nothing_else():
     assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
     names = {id(p): name for name, p in model.named_parameters()}
     matrices = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert {name.rpartition(".")[0].partition(".attn.")[2] or name for name in matrices} >= {"qkv", "out"}
     assert len(matrices) == 4 * model.config.num_hidden_layers  # qkv, out, up, down of each layer
     assert all(name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")) for name in matrices)
     assert muon.param_groups[0]["lr"] == 2e-2 and adamw.param_groups[0]["lr"] == 1e-3

@@ -102,7 +102,7 @@ def test_scalar():
 
 @pytest.mark.parametrize("bad", [2**64, -(2**63) - 1, 1.5, "0", None])
 def test_seed_must_fit_64_bits(bad):
-    with pytest.raises(InputError, match="seed is .* whole number below 2\\^64"):
+    with pytest.raises(InputError, match=r"seed is .* whole number below 2\^64"):
         random.uniform(bad, 0, 0, torch.tensor([0]), 1)
 
 

@@ -36,7 +36,9 @@ def model():
 def toy():
     """3 ids and the mask, 3 positions: 27 sequences, with logits that depend strongly on what is revealed."""
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    return live(tiny("llama", vocab_size=4, start=0, length=1, positions="both", **small), seed=13, head_scale=2.0)  # of 40 seeds, the test below has most power here
+    return live(
+        tiny("llama", vocab_size=4, start=0, length=1, positions="both", **small), seed=13, head_scale=2.0
+    )  # of 40 seeds, the test below has most power here
 
 
 def chances(model, state, temperature):
@@ -205,6 +207,23 @@ def test_confidence_schedule(masked, steps):
         shares = torch.bincount(out.revealed_at[row][out.revealed_at[row] >= 0], minlength=steps).tolist()
         assert shares == [n // steps + (j < n % steps) for j in range(steps)]
     assert out.nfe == len(table.calls) == min(steps, max(masked, 3))
+
+
+def test_idle_steps():
+    """A step that a policy declares idle runs no model and calls nobody back; Confidence's have k = 0 everywhere."""
+    masked, logical = torch.ones(2, 9).bool(), torch.arange(9).expand(2, 9)
+    for step, idle in ((0, False), (2, False), (3, True), (7, True)):
+        state = State(masked, logical, torch.tensor([3, 1]), step, 8, torch.zeros(2).long())
+        assert Confidence().idle(state) is idle and not Ancestral().idle(state)
+        assert Confidence.count(state).tolist() == [int(step < 3), int(step < 1)]
+
+    class EverySecond(Confidence):
+        def idle(self, state):
+            return state.step % 2 == 0
+
+    table, steps = Table(torch.randn(6, 6, 6), mask_id=5), []
+    out = generate(table, [5] * 6, steps=6, policy=EverySecond(), on_step=lambda step, *_: steps.append(step))
+    assert steps == [1, 3, 5] and out.nfe == len(table.calls) == 3 and out.head_rows == 6 + 5 + 4
 
 
 def test_ties_go_to_the_lower_position():
@@ -461,7 +480,10 @@ def test_padding_is_marked_for_the_denoiser():
         ({"max_new_tokens": 3, "batch_size": 0}, "the batch is empty"),
         ({"max_new_tokens": 0}, "nothing to generate: no mask id in the prompt"),
         ({"prompt": [1, 2, 3]}, "nothing to generate"),
-        ({"prompt": [1] * 60, "max_new_tokens": 5}, "prompt of 60 tokens with 5 new ones is longer than the model's 64"),
+        (
+            {"prompt": [1] * 60, "max_new_tokens": 5},
+            "60 tokens with 5 new ones is longer than the model's 64",
+        ),
         ({"prompt": [[1], [2] * 65], "max_new_tokens": 1}, "prompt of 65 tokens with 1 new"),
         ({"prompt": [1, 11], "max_new_tokens": 1}, r"the prompt holds 11; ids must be whole numbers in 0\.\.10"),
         ({"prompt": [-1], "max_new_tokens": 1}, "the prompt holds -1"),

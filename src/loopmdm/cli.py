@@ -37,16 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command and command not in COMMANDS:
             raise InputError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
-        parser = _build(command)
-        options = parser.parse_args(argv)
-        if not hasattr(options, "run"):
-            parser.print_help()
-            return 0
-        status = options.run(options)
+        status = _run(_build(command), argv)
         sys.stdout.flush()
         return status
-    except SystemExit as stop:  # --help and --version
-        return int(stop.code or 0)
     except InputError as error:
         print(f"loopmdm: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -66,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"loopmdm: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _run(parser: _Parser, argv: Sequence[str]) -> int:
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 0
+    return int(options.run(options))
 
 
 def _build(command: str) -> _Parser:

@@ -201,7 +201,7 @@ class LoopMDM(
         """A new model from a preset (`loopmdm.PRESETS`), any configuration field overridden."""
         return cls(preset(name, **overrides))
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
     ) -> str | None:
         """Write config.json, model.safetensors and a model card into a folder, and push them to the Hub if asked.
@@ -233,9 +233,7 @@ class LoopMDM(
         return json.dumps({"model_type": "loopmdm", **self.config.to_dict()}, indent=2) + "\n"
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
-    ) -> LoopMDM:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LoopMDM:
         """A saved model from a folder or a Hub repository, in evaluation mode.
 
         Args:
@@ -247,7 +245,7 @@ class LoopMDM(
         return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
+    def _from_pretrained(
         cls,
         *,
         model_id: str,
