@@ -297,7 +297,7 @@ def test_a_failed_save_leaves_the_former_checkpoint(tmp_path, corpus, monkeypatc
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loopmdm.model.lm.save_file", full)
+    monkeypatch.setattr("loopmdm.model.checkpoint.save_file", full)
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         folder.save(live(config(corpus), seed=1), corpus.tokenizer)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..config import ModelConfig, check_loops, preset
 from ..errors import InputError, nearest
-from ..model.lm import CONFIG_FILE, LoopMDM
+from ..model.checkpoint import CONFIG_FILE
+from ..model.lm import LoopMDM
 from ..sampling.engine import Generation, generate
 from .data import TOKENIZERS, TextData, build_tokenizer, decode, encode, read_text
 from .evaluate import BITS, estimate, nelbo_by_loops

@@ -7,29 +7,20 @@ logits = head(coda(h))               layers [a+n, L)
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import ModelConfig, check_loops, preset
 from ..errors import InputError
 from .block import Block, Context, Norm, modulate, rope_table
+from .checkpoint import Checkpoint
 from .denoiser import suppress
 from .flops import forward_flops
 from .loop import LoopedBlock
-
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 
 
 class Output:
@@ -54,12 +45,7 @@ class Output:
         return self._logits
 
 
-class LoopMDM(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="loopmdm",
-    tags=["masked-diffusion", "looped-transformer"],
-):
+class LoopMDM(Checkpoint):
     """A masked diffusion LM whose early layers are visited S times (arXiv 2605.26106).
 
     A `Denoiser`: `nelbo`, `generate` and the rest take it as it is. Parameters do not depend on S.
@@ -69,8 +55,7 @@ class LoopMDM(
     suppressed_ids: tuple[int, ...]
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         D = config.hidden_size
         self.embed = nn.Embedding(config.vocab_size, D)
         if config.positions in ("learned", "both"):
@@ -201,90 +186,6 @@ class LoopMDM(
         """A new model from a preset (`loopmdm.PRESETS`), any configuration field overridden."""
         return cls(preset(name, **overrides))
 
-    def save_pretrained(
-        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
-    ) -> str | None:
-        """Write config.json, model.safetensors and a model card into a folder, and push them to the Hub if asked.
-
-        Each file appears whole or not at all; a save that fails leaves a former checkpoint as it was.
-        """
-        target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
-        card = {k: kwargs.pop(k) for k in ("model_card_kwargs",) if k in kwargs}
-        # The mixin deletes config.json before it writes anything, so it works in a folder of its own.
-        with TemporaryDirectory(dir=target, prefix=".save-") as staging:
-            super().save_pretrained(staging, **card)
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(Path(staging, name), target / name)
-            if not (target / CARD_FILE).exists():
-                os.replace(Path(staging, CARD_FILE), target / CARD_FILE)
-        return self.push_to_hub(repo_id or target.resolve().name, **card, **kwargs) if push_to_hub else None
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Write config.json and model.safetensors; each appears whole or not at all."""
-        save_directory.mkdir(parents=True, exist_ok=True)
-        state = {k: v.contiguous() for k, v in self.state_dict().items()}
-        if self.config.tie_word_embeddings:
-            del state["lm_head.weight"]
-        _replace(save_directory / WEIGHTS_FILE, lambda path: save_file(state, path, {"format": "pt"}))
-        _replace(save_directory / CONFIG_FILE, lambda path: path.write_text(self.config_json()))
-
-    def config_json(self) -> str:
-        return json.dumps({"model_type": "loopmdm", **self.config.to_dict()}, indent=2) + "\n"
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LoopMDM:
-        """A saved model from a folder or a Hub repository, in evaluation mode.
-
-        Args:
-            kwargs: `map_location`, and the Hub's revision, token, cache_dir, force_download, local_files_only.
-
-        Raises:
-            InputError: no checkpoint there, a damaged or foreign one, or weights that do not fit config.json.
-        """
-        return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **kwargs)
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        map_location: str = "cpu",
-        strict: bool = True,
-        **_: Any,
-    ) -> LoopMDM:
-        def locate(name: str) -> Path:
-            local = Path(model_id) / name
-            if Path(model_id).is_dir():
-                if not local.is_file():
-                    raise InputError(f"{model_id} has no {name}; it is not a LoopMDM checkpoint")
-                return local
-            try:
-                found = hf_hub_download(
-                    model_id,
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    token=token,
-                    local_files_only=local_files_only,
-                )
-            except (OSError, HFValidationError, EntryNotFoundError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise InputError(
-                    f"{model_id} is not a folder, and {name} could not be had from the Hub ({reason})"
-                ) from error
-            return Path(found)
-
-        model = cls(read_config(locate(CONFIG_FILE)))
-        load_weights(model, locate(WEIGHTS_FILE), map_location)
-        return model.to(map_location).eval()
-
 
 class SigmaEmbedding(nn.Module):
     """Noise level -> conditioning vector: 256 sinusoids, Linear, SiLU, Linear (DiT's timestep embedder)."""
@@ -301,38 +202,6 @@ class SigmaEmbedding(nn.Module):
         angle = sigma[:, None].float() * frequency
         wave = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.inner.weight.dtype)
         return self.outer(F.silu(self.inner(wave)))
-
-
-def read_config(path: Path) -> ModelConfig:
-    """Read a LoopMDM config.json; a foreign or damaged one is an InputError."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(data, dict) or data.pop("model_type", None) != "loopmdm":
-        raise InputError(f"{path} is not a LoopMDM configuration (its model_type is not 'loopmdm')")
-    return ModelConfig.from_dict(data)
-
-
-def load_weights(model: LoopMDM, path: Path, device: str = "cpu") -> None:
-    """Load a safetensors file into the model; nothing changes unless every key and shape fits."""
-    try:
-        state = load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated or not a safetensors file ({error})") from None
-    want = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        del want["lm_head.weight"]
-    missing, extra = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
-    if missing or extra:
-        raise InputError(
-            f"{path} does not fit its configuration: {len(missing)} tensors missing {missing[:1]}, "
-            f"{len(extra)} unknown {extra[:1]}"
-        )
-    for key, value in want.items():
-        if state[key].shape != value.shape:
-            raise InputError(f"{path}: {key} is {list(state[key].shape)}, the configuration says {list(value.shape)}")
-    model.load_state_dict(state, strict=not model.config.tie_word_embeddings)
 
 
 def _layout(ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -352,15 +221,3 @@ def _layout(ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | N
     first[:, 1:] = document[:, 1:] != document[:, :-1]
     positions = steps - torch.where(first, steps, 0).cummax(-1).values
     return positions, (document[:, None, :, None] == document[:, None, None, :])
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write beside `path`, flush to disk, then rename over it: a crash leaves the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
