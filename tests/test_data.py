@@ -174,7 +174,7 @@ def test_windows_are_runs_of_the_training_text_and_reach_both_ends():
 def test_the_last_place_is_inside_the_text(monkeypatch):
     held = corpus()
     for u, window in ((2.0**-24, held.train[:16]), (1 - 2.0**-24, held.train[-16:])):
-        monkeypatch.setattr(random, "uniform", lambda *a, u=u: torch.full((1, 1), u))
+        monkeypatch.setattr(random, "uniform", lambda *a, u=u: torch.full((1, 2), u))
         assert torch.equal(held.batch(0, 0, torch.zeros(1, dtype=torch.int64))[0], window)
 
 

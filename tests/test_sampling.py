@@ -473,7 +473,7 @@ def test_padding_is_marked_for_the_denoiser():
     [
         ({"max_new_tokens": 3, "steps": 0}, "steps is 0; at least one denoising step"),
         ({"max_new_tokens": 3, "num_loops": 0}, "num_loops is 0; .*at least once"),
-        ({"max_new_tokens": 3, "temperature": -0.1}, "temperature is -0.1; it must be at least 0"),
+        ({"max_new_tokens": 3, "temperature": -0.1}, "temperature is -0.1; it must be a number of at least 0"),
         ({"max_new_tokens": 3, "policy": "greedy"}, "unknown policy 'greedy'"),
         ({"max_new_tokens": 3, "batch_size": 2, "row_seeds": [1]}, "1 row seeds were given for 2 sequences"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),

@@ -30,6 +30,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 (selfcheck failed), 2 (bad input), 130 (interrupted)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # libgomp's threads spin while they wait. With a core taken by someone else that doubled a training step (0.87 s
+    # against 0.51 s on two cores) and bought nothing on idle ones. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a narrow terminal encoding must not end a run
@@ -206,6 +209,10 @@ def _train_options(parser: _Parser) -> None:
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="(default: as --eval-every)")
     parser.add_argument("--eval-loops", metavar="S,S,...", help="S of evaluations (default: 1, 2, 4, ... S_max)")
     parser.add_argument("--eval-windows", type=int, default=128, help="validation windows, at most (default 128)")
+    parser.epilog = (
+        "The defaults suit long runs. Minutes on a CPU go further with: --optimizer muon --lr 2e-3 --matrix-lr 0.01 "
+        "--objective masked_mean --ema 0.98 --length 64 --set initializer_range=0.3"
+    )
     recipe = parser.add_argument_group("recipe")
     texts = _described(Recipe)
     hints = get_type_hints(Recipe)

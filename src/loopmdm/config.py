@@ -316,10 +316,18 @@ PRESETS: dict[str, ModelConfig] = {
         cond_dim=32,
         max_position_embeddings=256,
         dropout=0.0,
+        initializer_range=0.3,
         loop=LoopConfig(max_loops=6),
     ),
     "tiny-llama": _llama(
-        4, 4, 96, 256, vocab_size=257, max_position_embeddings=256, loop=LoopConfig(max_loops=4, boundary="anchored")
+        4,
+        4,
+        96,
+        256,
+        vocab_size=257,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        loop=LoopConfig(max_loops=4, boundary="anchored"),
     ),
 }
 

@@ -139,8 +139,10 @@ class TextData:
 
     def batch(self, seed: int, step: int, index: Tensor) -> Tensor:
         """Windows of the training text at random places, int64 [len(index), length]."""
-        places = random.uniform(seed, random.DATA, step, index, 1)[:, 0].double() * (len(self.train) - self.length + 1)
-        return self.train[places.long()[:, None] + torch.arange(self.length)]
+        coarse, fine = random.uniform(seed, random.DATA, step, index, 2).double().unbind(1)
+        place = coarse - 2.0**-24 + fine * 2.0**-23  # 46 bits: 23 would skip places of a long text
+        starts = (place * (len(self.train) - self.length + 1)).long()
+        return self.train[starts[:, None] + torch.arange(self.length)]
 
     def valid_windows(self, limit: int | None = None) -> Tensor:
         """Validation windows side by side, int64 [n, length]; `limit` of them spread evenly."""

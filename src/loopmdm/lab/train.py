@@ -238,8 +238,8 @@ def fit(
             if recipe.objective == "masked_mean":
                 _scale_gradients(model, recipe.batch_size * tokens.shape[1] / max(1, masked))
             norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
-            # fp16 may overflow in a gradient: its scaler skips that step and scales down
-            if not math.isfinite(bound) or not (math.isfinite(norm) or recipe.precision == "fp16"):
+            # fp16's scaler lets gradients overflow: it then skips the step and scales down
+            if not math.isfinite(bound) or not (math.isfinite(norm) or accelerator.scaler is not None):
                 what = f"loss became {bound}" if not math.isfinite(bound) else f"gradient's norm became {norm}"
                 raise InputError(f"the {what} at step {step + 1}; lower the learning rate")
             for optimizer in optimizers:

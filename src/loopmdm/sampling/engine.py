@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -96,8 +97,8 @@ def generate(
         raise InputError(f"steps is {steps}; at least one denoising step is needed")
     chosen = build(policy)
     temperature = chosen.temperature if temperature is None else temperature
-    if temperature < 0:
-        raise InputError(f"temperature is {temperature}; it must be at least 0")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature is {temperature}; it must be a number of at least 0")
     device = model.head()[0].device
     tokens, lengths = _arrange(model, prompt, max_new_tokens, batch_size, device)
     B, T = tokens.shape

@@ -43,7 +43,7 @@ class Text:
             loop=LoopConfig(start=1, length=1, max_loops=4, boundary="anchored"),
         )
         self.recipe = Recipe(
-            steps=max(1, round(900 * scale)),
+            steps=max(1, round(750 * scale)),
             batch_size=16,
             optimizer="muon",
             lr=2e-3,
