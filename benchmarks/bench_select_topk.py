@@ -1,4 +1,4 @@
-"""select_topk on the CPU: C++ against the torch reference.
+"""select_topk: C++ (CPU) and CUDA against the torch reference on the same device.
 
     pytest benchmarks/bench_select_topk.py --benchmark-only
     LOOPMDM_RESULTS=benchmarks/results pytest benchmarks/bench_select_topk.py -k interleaved
@@ -20,6 +20,8 @@ import torch
 
 from loopmdm.ops.select_topk import OP, select_topk
 
+CUDA = torch.cuda.is_available()
+NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="impl=cuda needs a CUDA device")
 SIZES = [(1, 64), (1, 1024), (8, 256), (8, 1024), (16, 4096), (64, 64), (64, 1024), (64, 4096), (256, 16384)]
 
 
@@ -31,13 +33,27 @@ def problem(rows, cols, seed=0):
     return keys, eligible, k
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize(
+    ("device", "impl"),
+    [
+        ("cpu", "torch"),
+        ("cpu", "cpp"),
+        pytest.param("cuda", "torch", marks=NEEDS_CUDA),
+        pytest.param("cuda", "cuda", marks=NEEDS_CUDA),
+    ],
+)
 @pytest.mark.parametrize(("rows", "cols"), SIZES[:-1], ids=lambda n: str(n))
-def test_select_topk(benchmark, rows, cols, impl):
-    inputs = problem(rows, cols)
+def test_select_topk(benchmark, rows, cols, device, impl):
+    inputs = [tensor.to(device) for tensor in problem(rows, cols)]
     assert torch.equal(select_topk(*inputs, impl=impl), select_topk(*inputs, impl="torch"))
-    benchmark.group = f"select_topk {rows}x{cols}"
-    benchmark(select_topk, *inputs, impl=impl)
+
+    def run():
+        select_topk(*inputs, impl=impl)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"select_topk {rows}x{cols} on {device}"
+    benchmark(run)
 
 
 def test_interleaved():
