@@ -69,9 +69,7 @@ def run(
         raise InputError(f"scale is {scale}; it must be above 0")
     names = ["text"] if data else [task] if task else ["sudoku", "text"]
     scale *= LONGER if data or task else 1.0
-    folder = Path(out) if out else Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} already holds a run; name another folder or remove it")
+    folder = RunFolder.check(out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}")
     console = console or Console(highlight=False, width=None if Console().is_terminal else 100)
 
     started = time.perf_counter()
