@@ -127,10 +127,11 @@ def _ninja():
     return found
 
 
-sources = ["csrc/bindings.cpp", "csrc/unmask_cpu.cpp", "csrc/unmask.cu"]
+sources = sorted(str(path.relative_to(HERE)) for path in HERE.glob("csrc/*.c*"))
 setup(
-    # The source archive carries no local version: what gets built is decided where it is built.
-    version=VERSION if "sdist" in sys.argv else BUILD,
+    # The source archive carries no local version, nor does what is built from one (it holds PKG-INFO): pip refuses an
+    # archive whose name says 0.1.0 and whose build says 0.1.0+cpu.
+    version=VERSION if "sdist" in sys.argv or (HERE / "PKG-INFO").exists() else BUILD,
     package_dir={"loopmdm": "src/loopmdm", "loopmdm.kernels": "kernels"},
     packages=[*find_packages("src"), "loopmdm.kernels"],
     include_package_data=False,  # what package_data names, nothing else

@@ -105,7 +105,7 @@ def doubled(error: float = 0.0, crash: bool = False) -> tuple[Op, list[str]]:
     def example(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> dict[str, Any]:
         return {"x": torch.randn(7, generator=rng).to(device, dtype)}
 
-    op = Op("doubled", call, example, ("torch", "cpp"), (FP32,), {FP32: 1e-6}, ("x",))
+    op = Op("doubled", call, (example,), ("torch", "cpp"), (FP32,), {FP32: 1e-6}, ("x",))
     return op, ran
 
 
@@ -209,12 +209,13 @@ def _has_triton() -> bool:
 
 @pytest.mark.parametrize("name", OPS)
 def test_self_check_runs_on_torch(name: str) -> None:
-    """The example is a valid problem, not a constant one, and reproducible."""
+    """Each example is a valid problem, not a constant one, and reproducible."""
     op = all_ops()[name]
     for dtype in op.dtypes:
         assert op.deviation("torch", CPU, dtype) == 0.0
-        for tensor in op.example(CPU, dtype, torch.Generator().manual_seed(0)).values():
-            assert not isinstance(tensor, Tensor) or tensor.unique().numel() > 1
+        for example in op.examples:
+            for tensor in example(CPU, dtype, torch.Generator().manual_seed(0)).values():
+                assert not isinstance(tensor, Tensor) or tensor.unique().numel() > 1
 
 
 def test_rows_and_ops_are_frozen() -> None:

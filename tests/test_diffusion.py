@@ -408,3 +408,33 @@ def test_training_lowers_the_bound():
         optimiser.step()
         losses.append(out.loss.item())
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": torch.tensor([[1, 99]])}, "outside the vocabulary of 7"),
+        ({"tokens": torch.tensor([[1, -100]])}, "outside the vocabulary of 7"),
+        ({"t": torch.tensor([0.0])}, r"t must be in \(0, 1\]"),
+        ({"t": torch.tensor([2.0])}, r"t must be in \(0, 1\]"),
+    ],
+)
+def test_data_that_would_go_wrong_silently(change, words):
+    model = live(tiny(vocab_size=7))
+    arguments = {"tokens": torch.tensor([[1, 2]]), "mask": torch.tensor([[True, True]]), **change}
+    with pytest.raises(InputError, match=words):
+        nelbo(model, arguments.pop("tokens"), **arguments)
+
+
+def test_packed_documents_reach_the_model():
+    """Two documents packed in a row have the loss of each alone."""
+    model = live(tiny(vocab_size=7))
+    row = torch.tensor([[1, 2, 3, 4, 5, 0, 1, 2]])
+    mask = torch.tensor([[True, False, True, True, False, True, True, False]])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    t = torch.tensor([0.5])
+    packed = nelbo(model, row, t=t, mask=mask, num_loops=2, document_ids=documents).loss * 8
+    alone = [nelbo(model, row[:, s], t=t, mask=mask[:, s], num_loops=2).loss for s in (slice(0, 3), slice(3, 8))]
+    assert abs(packed - (alone[0] * 3 + alone[1] * 5)) < 1e-4
+    unpacked = nelbo(model, row, t=t, mask=mask, num_loops=2).loss * 8
+    assert abs(packed - unpacked) > 1e-3

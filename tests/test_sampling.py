@@ -471,7 +471,9 @@ def test_padding_is_marked_for_the_denoiser():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"max_new_tokens": 3, "steps": 0}, "steps is 0; at least one denoising step"),
+        ({"prompt": [[1], 3], "max_new_tokens": 1}, "mixes ids and sequences"),
+        ({"max_new_tokens": 3, "steps": 2.5}, "steps is 2.5; a whole number"),
+        ({"max_new_tokens": 3, "steps": 0}, "steps is 0; a whole number of at least one denoising step"),
         ({"max_new_tokens": 3, "num_loops": 0}, "num_loops is 0; .*at least once"),
         ({"max_new_tokens": 3, "temperature": -0.1}, "temperature is -0.1; it must be a number of at least 0"),
         ({"max_new_tokens": 3, "policy": "greedy"}, "unknown policy 'greedy'"),

@@ -175,14 +175,14 @@ def test_after_fork(threads):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl):
-    example = OP.example(torch.device(DEVICE[impl]), torch.float32, torch.Generator().manual_seed(0))
+    example = OP.examples[0](torch.device(DEVICE[impl]), torch.float32, torch.Generator().manual_seed(0))
     torch.library.opcheck(torch.ops.loopmdm.select_topk.default, (*example.values(), impl))
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp", "auto"])
 def test_one_graph_under_compile(impl):
     compiled = torch.compile(select_topk, fullgraph=True, backend="aot_eager")
-    example = OP.example(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))
+    example = OP.examples[0](torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))
     assert torch.equal(compiled(**example, impl=impl), select_topk(**example, impl="torch"))
 
 

@@ -7,7 +7,7 @@ travels as `config.json`.
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,6 +140,11 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.vocab_size < 2:
+            raise InputError(f"vocab_size is {self.vocab_size}; beside the mask it must hold at least one token")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
         for name, options in CHOICES.items():
             _one_of(name, getattr(self, name), options)
         if self.mask_token_id is None:
@@ -200,16 +205,6 @@ class ModelConfig:
             raise InputError(f"the configuration lacks {', '.join(missing)}")
         return cls(**{**known, "loop": loop})
 
-    @classmethod
-    def from_json(cls, text: str, source: str = "config.json") -> ModelConfig:
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source} is not JSON ({error})") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{source} holds a {type(data).__name__}, not a configuration object")
-        return cls.from_dict(data)
-
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed; keys of `LoopConfig` are accepted beside the model's own."""
         loop_fields = {f.name for f in dataclasses.fields(LoopConfig)}
@@ -217,7 +212,9 @@ class ModelConfig:
         if "vocab_size" in changes:  # the mask moves with the end of the vocabulary unless it is given
             data["mask_token_id"] = data["pad_token_id"] = None
         if changes.keys() & {"hidden_size", "num_attention_heads"}:
-            data["head_dim"] = data["num_key_value_heads"] = None
+            data["head_dim"] = None
+        if "num_attention_heads" in changes:
+            data["num_key_value_heads"] = None
         for key, value in changes.items():
             if key in loop_fields:
                 data["loop"][key] = value

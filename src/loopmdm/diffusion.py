@@ -133,6 +133,7 @@ def nelbo(
     global_batch: int | None = None,
     t_range: tuple[float, float] = (T_MIN, 1.0),
     objective: str = "nelbo",
+    document_ids: Tensor | None = None,
 ) -> NELBO:
     """The negative evidence lower bound of clean tokens under the model, one corruption a sequence.
 
@@ -151,10 +152,11 @@ def nelbo(
         t_range: interval of the stratified t.
         objective: "nelbo" (weights 1/t), or "masked_mean": the plain mean over masked tokens, a lower-variance
             training loss.
+        document_ids: integer [B, T] of packed rows, for models that take them (`LoopMDM.forward`).
 
     Raises:
-        InputError: ids in the data that the model never predicts, [MASK] among them (checked on CPU), shapes that
-            disagree, an unknown objective, S < 1.
+        InputError: ids outside the vocabulary or that the model never predicts, [MASK] among them, t outside (0, 1]
+            (all checked on CPU); shapes that disagree, an unknown objective, S < 1.
     """
     B = len(tokens)
     device = tokens.device
@@ -168,6 +170,10 @@ def nelbo(
     if maskable is not None:
         counted = counted & maskable.bool()
     if device.type == "cpu":
+        if bool((((tokens < 0) | (tokens >= model.vocab_size)) & counted).any()):
+            raise InputError(f"the data hold ids outside the vocabulary of {model.vocab_size}")
+        if t is not None and not bool(((t > 0) & (t <= 1)).all()):
+            raise InputError("t must be in (0, 1] for every sequence")
         if bool(((tokens == model.mask_id) & counted).any()):
             raise InputError(f"the data contain the mask id {model.mask_id}; clean tokens cannot be [MASK]")
         for never in model.suppressed_ids:
@@ -193,7 +199,8 @@ def nelbo(
         corruption = Corruption(tokens.masked_fill(mask, model.mask_id), mask, t)
 
     sigma = LogLinear().sigma(t)
-    hidden = model.hidden(corruption.tokens, attention_mask, loops, sigma)
+    packed = {} if document_ids is None else {"document_ids": document_ids}
+    hidden = model.hidden(corruption.tokens, attention_mask, loops, sigma, **packed)
     ce = F.cross_entropy(logits_at(model, hidden, corruption.mask), tokens[corruption.mask], reduction="none")
 
     sequence = corruption.mask.nonzero()[:, 0]

@@ -41,8 +41,9 @@ def ready(op: Op, impl: str) -> None:
         pytest.skip(f"{op.name}: {reason}")
 
 
-def example(op: Op, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    return op.example(GPU, dtype, torch.Generator().manual_seed(seed))
+def problems(op: Op, seed: int) -> list[dict[str, Any]]:
+    """Every example of an op in every dtype."""
+    return [e(GPU, dtype, torch.Generator().manual_seed(seed)) for dtype in op.dtypes for e in op.examples]
 
 
 def outputs(op: Op, impl: str, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -71,7 +72,7 @@ def test_1_agrees_with_torch(op: Op, impl: str) -> None:
 def test_2_same_bits_twice(op: Op, impl: str) -> None:
     ready(op, impl)
     for dtype in op.dtypes:
-        for a, b in zip(op._run(impl, GPU, dtype, 0), op._run(impl, GPU, dtype, 0), strict=True):
+        for a, b in zip(op.results(impl, GPU, dtype), op.results(impl, GPU, dtype), strict=True):
             assert torch.equal(a, b)
 
 
@@ -88,19 +89,18 @@ def test_3_self_check_and_auto(op: Op, impl: str) -> None:
 @pytest.mark.parametrize("op, impl", FUSED)
 def test_4_never_waits_for_the_host(op: Op, impl: str, no_syncs: None) -> None:
     ready(op, impl)
-    for dtype in op.dtypes:
-        torch.cuda.set_sync_debug_mode("default")
-        kwargs = example(op, dtype, 0)
+    torch.cuda.set_sync_debug_mode("default")
+    for kwargs in problems(op, 0):
         outputs(op, impl, kwargs)  # compiles and loads
         torch.cuda.set_sync_debug_mode("error")
         outputs(op, impl, kwargs)
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("op, impl", FUSED)
 def test_5_graph_capture_and_replay_on_new_inputs(op: Op, impl: str) -> None:
     ready(op, impl)
-    for dtype in op.dtypes:
-        static, fresh = example(op, dtype, 0), example(op, dtype, 1)
+    for static, fresh in zip(problems(op, 0), problems(op, 1), strict=True):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(side):

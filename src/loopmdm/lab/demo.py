@@ -1,13 +1,13 @@
 """`loopmdm demo`: train a small LoopMDM, watch it denoise loop by loop, and measure what the loops bought.
 
 Act 1 (Sudoku, addition) has one right answer to each puzzle; act 2 is text. Each act leaves metrics, a
-checkpoint, `results.json` and plots in its folder. Every sentence at the end is chosen by the numbers above it.
+checkpoint, `results.json` and plots in its folder. The sentences after a table are chosen by its numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -35,6 +35,8 @@ from .train import Progress, Recipe, RunFolder, fit
 TASKS = ("sudoku", "text", "addition")
 LONGER = 3.0
 """How much longer an act trains when it is asked for alone."""
+STEPS = 4
+"""Denoising steps of the column that asks what is left of the gain when there are several."""
 EVALUATIONS = 6
 """Lines printed during a training."""
 
@@ -65,8 +67,8 @@ def run(
         raise InputError(f"--data gives text to the text act; it does not go with --task {task}")
     if task is not None and task not in TASKS:
         raise InputError(f"unknown task {task!r}{nearest(task, TASKS)}")
-    if not scale > 0:
-        raise InputError(f"scale is {scale}; it must be above 0")
+    if not 0 < scale < math.inf:
+        raise InputError(f"scale is {scale}; it must be above 0 and finite")
     names = ["text"] if data else [task] if task else ["sudoku", "text"]
     scale *= LONGER if data or task else 1.0
     folder = RunFolder.check(out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}")
@@ -93,6 +95,7 @@ def _puzzle_act(task: Puzzles, folder: Path, compare: bool, console: Console) ->
         return solved(fill(model, task.puzzles[watch], loops).tokens, task.answers[watch])
 
     model, training = _train(task, task.recipe, run_folder, console, probe, "solved", percent=True)
+    run_folder.save(model)
     rows = [_puzzle_row(model, task, S, "looped") for S in task.final]
     if compare:
         plain, recipe = _unlooped(task)
@@ -102,11 +105,11 @@ def _puzzle_act(task: Puzzles, folder: Path, compare: bool, console: Console) ->
     show.puzzle_table(console, task, rows)
 
     loops = tuple(S for S in (1, 2, 4, 8, 12) if 2 * task.config.loop.max_loops >= S)
-    filled = {S: fill(model, task.puzzles[:2], S).tokens for S in loops}
+    filled = {S: fill(model, task.puzzles[:2], S).tokens.cpu() for S in loops}
     show.loop_by_loop(console, task, filled, item=0)
     results = {"task": task.name, "title": task.title, "training": training, "rows": rows}
-    show.puzzle_verdict(console, task, rows)
-    _finish(run_folder, model, None, results)
+    show.puzzle_verdict(console, task, rows, compare)
+    run_folder.write_results(results)
     plots.loops(folder / "loops.png", results, task.unit)
     plots.training(folder / "training.png", results)
     if task.name == "sudoku":
@@ -119,6 +122,7 @@ def _puzzle_row(model: LoopMDM, task: Puzzles, loops: int, label: str) -> dict[s
     bits = estimate(nelbo_by_loops(model, task.answers, [loops], maskable=blanks)[0])
     made = fill(model, task.puzzles, loops)
     exact = solved(made.tokens, task.answers)
+    several = solved(fill(model, task.puzzles, loops, STEPS).tokens, task.answers)
     return {
         "model": label,
         "loops": loops,
@@ -127,6 +131,7 @@ def _puzzle_row(model: LoopMDM, task: Puzzles, loops: int, label: str) -> dict[s
         "nelbo_error": bits.error,
         "solved": exact.mean,
         "solved_error": exact.error,
+        "solved_in_steps": several.mean,
         "mflop": made.flops / len(task.puzzles) / 1e6,
         "tokens_per_second": made.tokens_per_second,
     }
@@ -141,7 +146,10 @@ def _text_act(task: Text, folder: Path, compare: bool, console: Console) -> dict
     def probe(model: LoopMDM, loops: int) -> Estimate:
         return estimate(nelbo_by_loops(model, windows[::4], [loops])[0] * per_character)
 
-    model, training = _train(task, task.recipe, run_folder, console, probe, "bits a character")
+    model, training = _train(
+        task, task.recipe, run_folder, console, probe, "bits a character", tokenizer=task.data.tokenizer
+    )
+    run_folder.save(model, task.data.tokenizer)
     rows = _text_rows(model, windows, task.final, per_character, "looped")
     if compare:
         plain, recipe = _unlooped(task)
@@ -166,8 +174,8 @@ def _text_act(task: Text, folder: Path, compare: bool, console: Console) -> dict
         "rows": rows,
         "sample": decode(task.data.tokenizer, sample.sequences()[0]),
     }
-    show.text_verdict(console, rows, task.data.unigram_bits)
-    _finish(run_folder, model, task.data.tokenizer, results)
+    show.text_verdict(console, rows, task.data.unigram_bits, compare)
+    run_folder.write_results(results)
     plots.loops(folder / "loops.png", results, "character")
     plots.training(folder / "training.png", results)
     return results
@@ -225,16 +233,19 @@ def _train(
     probe: Any,
     measure: str,
     percent: bool = False,
+    tokenizer: Any = None,
 ) -> tuple[LoopMDM, dict[str, Any]]:
     """Train, printing the probe's measure at a few steps; returns the averaged model and the curve."""
     torch.manual_seed(recipe.seed)
     model = LoopMDM(task.config)
     curve: list[dict[str, Any]] = []
+    done: dict[str, Any] = {"step": 0, "tflop": 0.0}
     label = "unlooped" if isinstance(task, _Unlooped) else "looped"
     checks = {round(recipe.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
     with show.training(console, recipe.steps, label) as advance:
 
         def on_step(progress: Progress) -> None:
+            done.update(step=progress.step, tflop=progress.flops / 1e12)
             result = progress.result
             loss = float(result.loss.detach())
             advance(progress, loss)
@@ -261,10 +272,8 @@ def _train(
         started = time.perf_counter()
         model = fit(model, task.batch, recipe, on_step=on_step)
     seconds = time.perf_counter() - started
-    tflop = curve[-1]["tflop"] if curve else 0.0
-    return model, {"steps": recipe.steps, "tflop": tflop, "seconds": seconds, "measure": measure, "curve": curve}
-
-
-def _finish(folder: RunFolder, model: LoopMDM, tokenizer: Any, results: dict[str, Any]) -> None:
-    folder.save(model, tokenizer)
-    (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if done["step"] < recipe.steps:  # Ctrl-C: keep what was learnt, claim nothing
+        saved = f"; its weights are in {folder.save(model, tokenizer)}" if folder is not None else ""
+        console.print(f"Stopped after step {done['step']} of {recipe.steps}, {label}{saved}.")
+        raise KeyboardInterrupt
+    return model, {**done, "seconds": seconds, "measure": measure, "curve": curve}

@@ -1,7 +1,8 @@
 """Training: one loop for every task, on accelerate.
 
 S, t, masks and data are functions of (seed, step, global sample index), and each objective is normalised over
-the whole step, so a step does not depend on how many processes or micro-batches share it.
+the whole step, so a step does not depend on how many processes or micro-batches share it. Dropout is the exception:
+it draws from torch's generator, another one on each process.
 """
 
 from __future__ import annotations
@@ -200,6 +201,8 @@ def fit(
     prepared = accelerator.prepare(_Loss(model), *optimizers)
     loss_module, optimizers = prepared[0], list(prepared[1:])
     average = averaged(model, recipe.ema) if recipe.ema else None
+    if model.config.dropout and accelerator.num_processes > 1:  # else every process would drop the same units
+        torch.manual_seed(recipe.seed + accelerator.process_index)
 
     def current() -> LoopMDM:
         return model if average is None else cast(LoopMDM, average.module)
@@ -225,7 +228,7 @@ def fit(
                     "objective": recipe.objective,
                 }
                 last = part == recipe.accumulate - 1
-                with nullcontext() if last else accelerator.no_sync(loss_module), accelerator.autocast():
+                with nullcontext() if last else accelerator.no_sync(loss_module):
                     result = loss_module(tokens, options)
                     share = _share(recipe, result, tokens)
                     accelerator.backward(result.loss * (share / recipe.accumulate))
@@ -312,6 +315,9 @@ class RunFolder:
             partial.write_text(tokenizer.to_str(), encoding="utf-8")
             os.replace(partial, folder / TOKENIZER_FILE)
         return folder
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        (self.path / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         with open(self.path / name, "a") as file:

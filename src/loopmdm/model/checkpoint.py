@@ -40,7 +40,8 @@ class Checkpoint(
     ) -> str | None:
         """Write config.json, model.safetensors and a model card into a folder, and push them to the Hub if asked.
 
-        Each file appears whole or not at all; a save that fails leaves a former checkpoint as it was.
+        Each file appears whole or not at all, the weights before the configuration: a save that fails before the first
+        of them leaves a former checkpoint as it was.
         """
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -65,40 +66,37 @@ class Checkpoint(
         (save_directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """A saved model from a folder or a Hub repository, in evaluation mode.
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A saved model from a folder or a Hub repository, in evaluation mode and fp32.
 
         Args:
-            kwargs: `map_location`, and the Hub's revision, token, cache_dir, force_download, local_files_only.
+            pretrained_model_name_or_path: a folder, or "owner/name" on the Hub.
+            map_location: device of the result.
+            revision, token, cache_dir, force_download, local_files_only: as in `huggingface_hub.hf_hub_download`.
 
         Raises:
             InputError: no checkpoint there, a damaged or foreign one, or weights that do not fit config.json.
         """
-        return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **kwargs)
+        folder = Path(pretrained_model_name_or_path)
 
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        map_location: str = "cpu",
-        strict: bool = True,
-        **_: Any,
-    ) -> Self:
         def locate(name: str) -> Path:
-            local = Path(model_id) / name
-            if Path(model_id).is_dir():
-                if not local.is_file():
-                    raise InputError(f"{model_id} has no {name}; it is not a LoopMDM checkpoint")
-                return local
+            if folder.is_dir():
+                if not (folder / name).is_file():
+                    raise InputError(f"{folder} has no {name}; it is not a LoopMDM checkpoint")
+                return folder / name
             try:
                 found = hf_hub_download(
-                    model_id,
+                    str(pretrained_model_name_or_path),
                     name,
                     revision=revision,
                     cache_dir=cache_dir,
@@ -109,7 +107,7 @@ class Checkpoint(
             except (OSError, HFValidationError, EntryNotFoundError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise InputError(
-                    f"{model_id} is not a folder, and {name} could not be had from the Hub ({reason})"
+                    f"{folder} is not a folder, and {name} could not be had from the Hub ({reason})"
                 ) from error
             return Path(found)
 

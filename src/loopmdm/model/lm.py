@@ -106,6 +106,7 @@ class LoopMDM(Checkpoint):
             num_loops: S >= 1; None is `config.loop.max_loops`.
             sigma: noise level -log(alpha_t), [B] or a scalar; read only with `config.time_conditioning`.
             document_ids: integer [B, T] for packed rows: tokens attend within their own id, positions restart.
+                A document is one run of equal ids.
 
         Raises:
             InputError: wrong shapes, S < 1, more tokens than `max_position_embeddings`, ids outside the
@@ -216,7 +217,7 @@ def _layout(ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | N
         # A sequence of padding alone would leave its queries with no key at all: it may look at itself.
         visible = real | ~real.any(-1, keepdim=True)
         return positions, visible[:, None, None, :]
-    document = torch.where(real, 2 * document_ids, -1)  # doubled, so that no document has padding's id
+    document = torch.where(real, 2 * document_ids.long(), -1)  # doubled, so that no document has padding's id
     first = torch.ones_like(real)
     first[:, 1:] = document[:, 1:] != document[:, :-1]
     positions = steps - torch.where(first, steps, 0).cummax(-1).values

@@ -88,17 +88,18 @@ class Op:
     Attributes:
         name: the file's, the public function's and the table's name.
         call: the public function; takes `impl=`.
-        example: `(device, dtype, generator) -> kwargs` of `call`, a small random problem with odd
-            sizes; the self-check, the first-contact GPU test and `loopmdm selfcheck` run on it.
+        examples: each `(device, dtype, generator) -> kwargs` of `call`, a small random problem with odd
+            sizes; the self-check, the first-contact GPU test and `loopmdm selfcheck` run on all of them, so
+            they must between them reach every branch of the kernels.
         impls: what there is, "torch" first.
         dtypes: dtypes of the example for which the op is defined.
         tolerance: largest allowed max|a-b| / max|b| between `impl` and torch, by dtype; 0 means equal.
-        grads: names of the example's tensors that get gradients (compared too).
+        grads: names of the examples' tensors that get gradients (compared too).
     """
 
     name: str
     call: Callable[..., Any]
-    example: Example
+    examples: tuple[Example, ...]
     impls: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     tolerance: Mapping[torch.dtype, float]
@@ -133,16 +134,24 @@ class Op:
         return _verify(self, impl, device.type, device.index, dtype)
 
     def deviation(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> float:
-        """Largest max|a-b|/max|b| over outputs and gradients of `impl` against torch on the example."""
-        got, want = self._run(impl, device, dtype, seed), self._run("torch", device, dtype, seed)
+        """Largest max|a-b|/max|b| over outputs and gradients of `impl` against torch on the examples."""
+        got, want = (self.results(which, device, dtype, seed) for which in (impl, "torch"))
         return max((_relative(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
 
-    def _run(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    def results(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+        """Outputs and gradients of every example under `impl`."""
+        return [t for example in self.examples for t in self._run(example, impl, device, dtype, seed)]
+
+    def _run(
+        self, example: Example, impl: str, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> list[torch.Tensor]:
         rng = torch.Generator(device="cpu").manual_seed(seed)
-        kwargs = self.example(device, dtype, rng)
+        kwargs = example(device, dtype, rng)
         leaves = []
         with torch.enable_grad():
             for name in self.grads:
+                if kwargs.get(name) is None:
+                    continue
                 kwargs[name] = kwargs[name].detach().requires_grad_()
                 leaves.append(kwargs[name])
             result = self.call(**kwargs, impl=impl)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -279,7 +281,9 @@ def _backward(ctx, dsummed, dnormed, *_):  # type: ignore[no-untyped-def]
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _example(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> dict[str, Tensor]:
+def _uniform(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> dict[str, Any]:
+    """RMS norm, everything in one dtype."""
+
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng)
 
@@ -287,10 +291,21 @@ def _example(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> 
     return {name: value.to(device, dtype) for name, value in problem.items()}
 
 
+def _as_trained(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> dict[str, Any]:
+    """Layer norm without bias on an fp32 stream, branch and result in `dtype`: a DiT block under mixed precision."""
+    problem = _uniform(device, torch.float32, rng)
+    return {**problem, "branch": problem["branch"].to(dtype), "bias": None, "kind": "layernorm", "out_dtype": dtype}
+
+
+def _norm_alone(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> dict[str, Any]:
+    """Layer norm with nothing to add."""
+    return {**_uniform(device, dtype, rng), "branch": None, "kind": "layernorm"}
+
+
 OP = Op(
     name="residual_norm",
     call=residual_norm,
-    example=_example,
+    examples=(_uniform, _as_trained, _norm_alone),
     impls=("torch", "triton"),
     dtypes=FUSED_DTYPES,
     tolerance={torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5},

@@ -106,7 +106,7 @@ def _example(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> 
 OP = Op(
     name="select_topk",
     call=select_topk,
-    example=_example,
+    examples=(_example,),
     impls=("torch", "cpp", "cuda"),
     dtypes=(torch.float32,),
     tolerance={torch.float32: 0.0},

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,8 +94,8 @@ def generate(
             outside the vocabulary.
     """
     loops = check_loops(model.max_loops if num_loops is None else num_loops)
-    if steps < 1:
-        raise InputError(f"steps is {steps}; at least one denoising step is needed")
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps is {steps}; a whole number of at least one denoising step is needed")
     chosen = build(policy)
     temperature = chosen.temperature if temperature is None else temperature
     if not 0 <= temperature < math.inf:
@@ -205,8 +206,12 @@ def _arrange(
     else:
         if isinstance(prompt, Tensor) and prompt.dim() not in (1, 2):
             raise InputError(f"prompt is {list(prompt.shape)}; expected ids [T] or [B, T]")
-        data = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-        rows = [list(r) for r in data] if data and isinstance(data[0], (list, tuple)) else [data]  # type: ignore[list-item, arg-type]
+        data: list[Any] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+        data = [r.tolist() if isinstance(r, Tensor) else r for r in data]
+        nested = [isinstance(r, (list, tuple)) for r in data]
+        if any(nested) and not all(nested):
+            raise InputError("the prompt mixes ids and sequences; pass one sequence of ids or a list of sequences")
+        rows = [list(r) for r in data] if any(nested) else [data]
     if not rows:
         raise InputError("the batch is empty")
     for row in rows:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...config import LoopConfig, ModelConfig
+from ...errors import InputError
 from ..data import TextData, build_tokenizer, read_text
 from ..train import Recipe
 
@@ -32,6 +33,8 @@ class Text:
         self.title = ", ".join(Path(f).name for f in files) if files else "Python's own help topics"
         self.title += f" ({len(text):,} characters), the last 5% of each of 20 parts held out"
         self.data = TextData.from_text(text, build_tokenizer("char", text), LENGTH)
+        if len(self.data.valid_windows()) < 2:
+            raise InputError(f"the text is too short to measure on: {LENGTH * 2 * 20:,} characters are the least")
         self.config = ModelConfig(
             vocab_size=self.data.mask_id + 1,
             hidden_size=96,
