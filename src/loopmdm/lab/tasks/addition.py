@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import random
-from ...config import LoopConfig, ModelConfig
-from ..train import Recipe
-from . import symbol
+from . import short_recipe, small_model, symbol
 
 DIGITS = 6
 PLUS, EQUALS, BLANK = 10, 11, 12
@@ -27,28 +25,8 @@ class Addition:
     final: tuple[int, ...] = (1, 2, 4, 6, 8)
 
     def __init__(self, seed: int = 0, scale: float = 1.0, puzzles: int = 400) -> None:
-        self.config = ModelConfig(
-            vocab_size=BLANK + 1,
-            hidden_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=172,
-            positions="learned",
-            max_position_embeddings=LENGTH,
-            initializer_range=0.3,
-            loop=LoopConfig(start=1, length=2, max_loops=6, boundary="anchored"),
-        )
-        self.recipe = Recipe(
-            steps=max(1, round(600 * scale)),
-            batch_size=128,
-            optimizer="muon",
-            lr=3e-3,
-            matrix_lr=0.02,
-            warmup=50,
-            ema=0.98,
-            objective="masked_mean",
-            seed=seed,
-        )
+        self.config = small_model(BLANK + 1, LENGTH)
+        self.recipe = short_recipe(600 * scale, seed)
         self.seed = seed
         self.held_out: set[tuple[int, int]] = set()
         a, b = self._draw(0, torch.arange(puzzles))
