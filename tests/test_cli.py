@@ -431,14 +431,21 @@ def test_ctrl_c_from_outside(text, tmp_path):
     """A real SIGINT to a real process, sent after its first evaluation."""
     command = [sys.executable, "-u", "-m", "loopmdm.cli", "train", "--data", text, "--out", tmp_path / "run", *QUICK]
     process = subprocess.Popen(
-        [*map(str, command), "--steps", "100000", "--save-every", "50000"], stdout=subprocess.PIPE, text=True
+        [*map(str, command), "--steps", "100000", "--save-every", "50000"],
+        stdout=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs ignore SIGINT, and so would their children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    for line in process.stdout:
-        if line.startswith("step"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 130 and "Sample from it: loopmdm sample" in rest
+    try:
+        for line in process.stdout:
+            if line.startswith("step"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Sample from it: loopmdm sample" in rest
     text_run.load(tmp_path / "run")
 
 
