@@ -25,7 +25,7 @@ from ..model.lm import LoopMDM
 from ..sampling.engine import generate
 from . import plots, show
 from .data import decode
-from .evaluate import Estimate, estimate, fill, nelbo_by_loops, solved
+from .evaluate import SEVERAL, Estimate, estimate, fill, nelbo_by_loops, solved
 from .tasks import Puzzles
 from .tasks.addition import Addition
 from .tasks.sudoku import Sudoku
@@ -35,8 +35,6 @@ from .train import Progress, Recipe, RunFolder, fit
 TASKS = ("sudoku", "text", "addition")
 LONGER = 3.0
 """How much longer an act trains when it is asked for alone."""
-STEPS = 4
-"""Denoising steps of the column that asks what is left of the gain when there are several."""
 EVALUATIONS = 6
 """Lines printed during a training."""
 
@@ -122,7 +120,7 @@ def _puzzle_row(model: LoopMDM, task: Puzzles, loops: int, label: str) -> dict[s
     bits = estimate(nelbo_by_loops(model, task.answers, [loops], maskable=blanks)[0])
     made = fill(model, task.puzzles, loops)
     exact = solved(made.tokens, task.answers)
-    several = solved(fill(model, task.puzzles, loops, STEPS).tokens, task.answers)
+    several = solved(fill(model, task.puzzles, loops, SEVERAL).tokens, task.answers)
     return {
         "model": label,
         "loops": loops,

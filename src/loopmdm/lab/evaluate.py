@@ -15,6 +15,8 @@ from ..model.denoiser import Denoiser
 from ..sampling.engine import Generation, generate
 
 BITS = 1 / math.log(2)
+SEVERAL = 4
+"""Denoising steps of the demo's column that asks what is left of the loops' gain when steps are several."""
 
 
 @dataclass(frozen=True)

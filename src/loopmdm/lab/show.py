@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..model.lm import LoopMDM
+from .evaluate import SEVERAL
 from .tasks import Puzzles
 from .train import Recipe
 
@@ -74,7 +75,14 @@ def checkpoint(console: Console, label: str, point: dict[str, Any], measure: str
 
 def puzzle_table(console: Console, task: Puzzles, rows: Rows) -> None:
     table = Table(title=f"{len(task.puzzles)} unseen puzzles, all {task.unit}s filled in one denoising step")
-    names = ("model", "S", "layers applied", "solved exactly", "same, in 4 steps", f"NELBO, bits a {task.unit}")
+    names = (
+        "model",
+        "S",
+        "layers applied",
+        "solved exactly",
+        f"same, in {SEVERAL} steps",
+        f"NELBO, bits a {task.unit}",
+    )
     for name in (*names, "MFLOP a pass"):
         table.add_column(name, justify="left" if name == "model" else "right")
     table.add_column("tokens/s", justify="right")
@@ -163,7 +171,7 @@ def puzzle_verdict(console: Console, task: Puzzles, rows: Rows, compare: bool) -
         )
     _unlooped_verdict(console, trained, rows, lambda row: f"{_percent(row)} solved")
     console.print(
-        f"With 4 denoising steps instead of one: {_percent(once, 'solved_in_steps')} at S = 1, "
+        f"With {SEVERAL} denoising steps instead of one: {_percent(once, 'solved_in_steps')} at S = 1, "
         f"{_percent(trained, 'solved_in_steps')} at S = {trained['loops']}. More steps are another way to buy depth."
     )
     missing = [] if compare else ["how an unlooped model with the same training FLOPs does (--compare trains one)"]
