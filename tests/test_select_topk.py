@@ -110,6 +110,16 @@ def test_long_rows(impl):
         assert sorted(best.tolist()) == got[row].nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_eligible_nan_goes_before_what_is_not_eligible(impl):
+    """The last pick is one of several NaN, with an ineligible position before them."""
+    nan = float("nan")
+    keys = torch.tensor([[5.0, nan, nan, 1.0, nan]], device=DEVICE[impl])
+    eligible = torch.tensor([[False, True, True, True, False]], device=DEVICE[impl])
+    picked = select_topk(keys, eligible, torch.tensor([2], device=DEVICE[impl]), impl=impl)
+    assert picked.tolist() == [[False, True, False, True, False]]
+
+
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
