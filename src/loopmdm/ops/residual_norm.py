@@ -193,8 +193,8 @@ def _forward_op(
     """(summed, normed, mean, rstd): summed empty without a branch, mean without centring. rows, warps 0: default."""
     from ..kernels import residual_norm as kernel
 
-    flat = [None if t is None else t.contiguous() for t in (x, branch, weight, bias)]
-    return kernel.forward(*flat, centre, eps, out_dtype, _config(rows, warps))
+    branch, weight, bias = (None if t is None else t.contiguous() for t in (branch, weight, bias))
+    return kernel.forward(x.contiguous(), branch, weight, bias, centre, eps, out_dtype, _config(rows, warps))
 
 
 @_forward_op.register_fake
