@@ -1,0 +1,97 @@
+"""What the commands share: the parser, values of `--set`, tables and units."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from ..config import PRESETS, LoopConfig, ModelConfig, preset
+from ..errors import InputError, nearest
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are InputErrors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def model_options(parser: Parser, default: str) -> None:
+    parser.add_argument("--preset", default=default, help=f"one of {', '.join(PRESETS)} (default {default})")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any field of ModelConfig or LoopConfig, as max_loops=6 boundary=anchored",
+    )
+
+
+def configuration(options: argparse.Namespace) -> ModelConfig:
+    return preset(options.preset, **overrides(options.set))
+
+
+def overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE words as values of the fields' types; `loop.` before a key of LoopConfig may be left out."""
+    hints = get_type_hints(ModelConfig) | get_type_hints(LoopConfig)
+    del hints["loop"]
+    found = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.strip().removeprefix("loop.")
+        if not equals:
+            raise InputError(f"--set takes KEY=VALUE, not {pair!r}")
+        if key not in hints:
+            raise InputError(f"unknown configuration key {key!r}{nearest(key, hints)}")
+        found[key] = _value(key, text.strip(), get_args(hints[key]) or (hints[key],))
+    return found
+
+
+def _value(key: str, text: str, kinds: tuple[type, ...]) -> Any:
+    if type(None) in kinds and text.lower() in ("none", "null"):
+        return None
+    if bool in kinds:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if text.lower() not in words:
+            raise InputError(f"{key} is {text!r}; it must be true or false")
+        return words[text.lower()]
+    kind = next(k for k in kinds if k is not type(None))
+    try:
+        return kind(text)
+    except ValueError:
+        expected = {int: "a whole number", float: "a number"}[kind]
+        raise InputError(f"{key} is {text!r}; it must be {expected}") from None
+
+
+def numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--{name} is {text!r}; it must be whole numbers with commas between, as 1,2,4") from None
+
+
+def described(cls: type) -> dict[str, str]:
+    """Descriptions of a dataclass's fields, from the Attributes section of its docstring."""
+    section = (cls.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()).rstrip(".") for name, text in entries}
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def si(number: float) -> str:
+    """1.234e9 -> '1.23 G'."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.2f} {prefix}"
+    return f"{number:.0f} "
