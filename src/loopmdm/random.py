@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import InputError
 
 # One stream a purpose, so that no two purposes share numbers under one seed.
-LOOPS, TIME, MASK, SAMPLE_POSITION, SAMPLE_TOKEN, DATA = range(6)
+LOOPS, TIME, MASK, SAMPLE_POSITION, SAMPLE_TOKEN, DATA, T_EVAL, COUNT, ORDER, REMASK, HIT = range(11)
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
