@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import loopmdm
+from loopmdm.cli.common import overrides
 from loopmdm.config import PRESETS, LoopConfig, ModelConfig, preset
 from loopmdm.errors import InputError
 from loopmdm.model.lm import LoopMDM
@@ -143,12 +144,41 @@ GOOD = {
         ({"loop": {"start": "1"}}, "start is '1'"),
         ({"loop": {"max_loops": 0}}, "max_loops is 0; the looped block is visited"),
         ({"loop": 3}, "loop is 3"),
+        (
+            {"loop": {"also": [[2, 1]]}},
+            "also has 1 layers from layer 2 on; .*starts after the one before it, .*layer 3 or",
+        ),
+        ({"loop": {"also": [[3, 0]]}}, "also has 0 layers from layer 3"),
+        ({"loop": {"length": 1, "also": [[3, 1], [3, 1]]}}, "also has 1 layers from layer 3 on; .*layer 4 or later"),
+        ({"loop": {"also": [[3, 2]]}}, "covers layers 3..4, but the model has 4 layers"),
+        ({"loop": {"also": [3, 2]}}, r"loop.also is \[3, 2\]; it must be a list of \[start, length\]"),
+        ({"loop": {"also": [[3, 1, 2]]}}, "it must be a list of"),
+        ({"loop": {"also": [["3", 1]]}}, "it must be a list of"),
+        ({"loop": {"also": None}}, "loop.also is None"),
     ],
 )
 def test_refusals(changes, words):
     with pytest.raises(InputError, match=words) as caught:
         ModelConfig.from_dict({**GOOD, **changes})
     assert "\n" not in str(caught.value) and isinstance(caught.value, ValueError)
+
+
+def test_further_looped_blocks():
+    config = ModelConfig.from_dict({**GOOD, "num_hidden_layers": 9, "loop": {"also": [[3, 1], [6, 3]]}})
+    assert config.loop.also == ((3, 1), (6, 3)) and config.loop.runs == ((1, 2), (3, 1), (6, 3))
+    assert config.loop.num_layers == 6 and [config.depth(S) for S in (1, 2, 4)] == [9, 15, 27]
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict() and hash(config)
+    assert config.replace(also=()).loop.also == () and config.replace(max_loops=2).loop.also == config.loop.also
+
+
+def test_further_looped_blocks_on_the_command_line():
+    assert overrides(["also=6:2,9:1"]) == {"also": ((6, 2), (9, 1))}
+    assert overrides(["loop.also=none"]) == {"also": ()}
+    assert preset("paper-170m", **overrides(["also=6:2, 9:1"])).loop.num_layers == 5
+    for words in ("6", "6:2:1", "a:b", "6:2,,", "6-2"):
+        with pytest.raises(InputError, match="also"):
+            preset("paper-170m", **overrides([f"also={words}"]))
 
 
 def test_odd_head_dim_is_fine_without_rotary():
@@ -180,7 +210,7 @@ def test_every_public_name_loads():
     for name in dir(loopmdm):
         assert getattr(loopmdm, name) is not None or name.startswith("__")
     for name in loopmdm._HOME:
-        assert name == "PRESETS" or getattr(loopmdm, name).__module__.startswith("loopmdm.")
+        assert name in ("PRESETS", "POLICIES") or getattr(loopmdm, name).__module__.startswith("loopmdm.")
     with pytest.raises(AttributeError, match="no attribute 'nelbow'"):
         _ = loopmdm.nelbow
 

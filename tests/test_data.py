@@ -70,6 +70,41 @@ def test_the_mask_s_spelling_is_ordinary_text(tokenizers, kind):
     assert data.decode(tokenizer, [mask, *ids, mask, mask]) == "▒[MASK] ▒▒▒"
 
 
+def test_ends_of_documents_have_a_symbol(tokenizers):
+    tokenizer = tokenizers["char"]
+    size, ids = tokenizer.get_vocab_size(), data.encode(tokenizer, "fox")
+    assert data.decode(tokenizer, [*ids, size, *ids, size + 1], size) == "fox␃fox▒"
+
+
+def test_several_texts_make_one_tokenizer():
+    texts = ["the fox\n", "jumps"]
+    for kind in data.TOKENIZERS:
+        assert (
+            data.build_tokenizer(kind, iter(texts), 270).to_str()
+            == data.build_tokenizer(kind, "".join(texts), 270).to_str()
+        )
+
+
+def test_load_tokenizer(tokenizers, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    for tokenizer in tokenizers.values():
+        file.write_text(tokenizer.to_str(), encoding="utf-8")
+        for where in (file, tmp_path, str(file), tokenizer):
+            loaded = data.load_tokenizer(where)
+            assert loaded is not tokenizer and data.encode(loaded, STRANGE) == data.encode(tokenizer, STRANGE)
+    file.write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer"):
+        data.load_tokenizer(file)
+    with pytest.raises(InputError, match=r"there is no tokenizer .*nowhere; give one of char, byte, bpe or"):
+        data.load_tokenizer(tmp_path / "nowhere")
+    words = data.Tokenizer(data.models.WordLevel({"a": 0, "fox": 5}, unk_token="a"))
+    with pytest.raises(InputError, match=r"has 2 ids but its highest is 5; ids must be .* without holes"):
+        data.load_tokenizer(words)
+    words = data.Tokenizer(data.models.WordLevel({"?": 0, "fox": 1}, unk_token="?"))
+    words.pre_tokenizer = data.pre_tokenizers.Whitespace()
+    assert data.encode(data.load_tokenizer(words), "fox ox") == [1, 0]  # somebody's words are no characters
+
+
 def test_what_a_tokenizer_cannot_spell(tokenizers):
     with pytest.raises(InputError, match=r"'Ω' is not in this model's vocabulary"):
         data.encode(tokenizers["char"], "the Ω")

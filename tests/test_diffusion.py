@@ -1,19 +1,19 @@
 """The NELBO against exact enumeration, and the corruption behind it."""
 
 import copy
-import itertools
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
 from loopmdm import diffusion, random
-from loopmdm.diffusion import EPS, T_MIN, LogLinear, corrupt, nelbo, sample_loops, stratified_times
+from loopmdm.diffusion import T_MIN, LogLinear, corrupt, nelbo, sample_loops, sft, stratified_times
 from loopmdm.errors import InputError
 from loopmdm.model.denoiser import Denoiser
+from loopmdm.model.depth import Depth, RelativeChange
 
+from .enumeration import all_masks, exact_nelbo
 from .helpers import Table, ids, live, tiny
 
 T, V = 4, 5  # ids 0..3 and the mask, 4
@@ -24,37 +24,6 @@ def toy():
     return live(tiny("llama", vocab_size=V, boundary="anchored"), dtype=torch.float64, head_scale=3.0)
 
 
-def all_masks(length=T):
-    return torch.tensor(list(itertools.product([False, True], repeat=length)))
-
-
-def cross_entropies(model, clean, masks, num_loops):
-    """-log p of each clean token at each masked position, 0 elsewhere, for one clean sequence: [2^T, T]."""
-    seen = torch.where(masks, model.mask_id, clean)
-    with torch.no_grad():
-        logits = model(seen, num_loops=num_loops).logits[..., : V - 1]
-    chance = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
-    right = chance.gather(-1, clean.expand_as(seen)[..., None])[..., 0]
-    return -torch.log(right) * masks
-
-
-def mean_weight(k, length=T):
-    """Mean over t in [1e-3, 1] of (1/t) p^k (1 - p)^(T - k), p = (1 - 1e-3) t: the polynomial integrated exactly."""
-    low, rate, total = Fraction(1, 1000), Fraction(999, 1000), Fraction(0)
-    for j in range(length - k + 1):
-        power = k + j  # of t in the term, before the division by t
-        term = math.comb(length - k, j) * (-1) ** j * rate**power
-        total += term * (1 - low**power) / power
-    return float(total / (1 - low))
-
-
-def exact_nelbo(model, clean, num_loops):
-    masks = all_masks(len(clean))
-    ce = cross_entropies(model, clean, masks, num_loops).sum(-1)
-    weight = torch.tensor([mean_weight(int(m.sum())) if m.any() else 0.0 for m in masks], dtype=torch.float64)
-    return (weight * ce).sum().item() / len(clean)
-
-
 @pytest.mark.parametrize("clean", [[0, 1, 2, 3], [3, 3, 0, 3], [2, 0, 0, 1]])
 @pytest.mark.parametrize("num_loops", [1, 3])
 def test_nelbo_is_exact_when_fed_every_mask_and_time(toy, clean, num_loops):
@@ -63,7 +32,7 @@ def test_nelbo_is_exact_when_fed_every_mask_and_time(toy, clean, num_loops):
     nodes, weights = np.polynomial.legendre.leggauss(6)
     nodes = torch.tensor(T_MIN + (1 - T_MIN) * (nodes + 1) / 2)
     weights = torch.tensor(weights / 2)  # of a mean over the interval
-    masks = all_masks()
+    masks = all_masks(T)
     t = nodes.repeat_interleave(len(masks))
     mask = masks.repeat(len(nodes), 1)
     with torch.no_grad():
@@ -220,15 +189,6 @@ def test_an_injected_mask_spares_what_does_not_count(toy, given):
     assert out.corruption.mask.tolist() == [[False, True, True, False], [True] * 4]
 
 
-def test_schedule():
-    schedule, t = LogLinear(), torch.tensor([T_MIN, 0.25, 1.0], dtype=torch.float64, requires_grad=True)
-    alpha = schedule.alpha(t)
-    assert alpha.tolist() == pytest.approx([1 - 0.999e-3, 1 - 0.999 / 4, 1e-3]) and EPS == T_MIN == 1e-3
-    (slope,) = torch.autograd.grad(alpha.sum(), t)
-    torch.testing.assert_close(schedule.weight(t), -slope / (1 - alpha))
-    torch.testing.assert_close(schedule.sigma(t), -torch.log(alpha))
-
-
 # Times and loop counts
 
 
@@ -354,6 +314,8 @@ def test_targets_that_are_never_predicted():
         ({"index": torch.arange(3)}, r"index is \[3\]; it must be \[2\]"),
         ({"objective": "elbo"}, "objective is 'elbo'; it must be 'nelbo' or 'masked_mean'"),
         ({"t_range": (0.0, 1.0)}, "t_range"),
+        ({"average": "batch"}, "average is 'batch'; it must be 'token' or 'sequence'"),
+        ({"schedule": "linaer"}, "did you mean 'linear'"),
     ],
 )
 def test_refusals(toy, bad, words):
@@ -438,3 +400,196 @@ def test_packed_documents_reach_the_model():
     assert abs(packed - (alone[0] * 3 + alone[1] * 5)) < 1e-4
     unpacked = nelbo(model, row, t=t, mask=mask, num_loops=2).loss * 8
     assert abs(packed - unpacked) > 1e-3
+
+
+# Averages, fine-tuning, loop counts of a function, depth
+
+
+def by_hand(model, tokens, out, num_loops, real=None):
+    """Sum over masked positions of CE / t for each sequence, from the whole logits."""
+    with torch.no_grad():
+        chance = model(out.corruption.tokens, real, num_loops=num_loops).logits[..., : V - 1].softmax(-1)
+    ce = -torch.log(chance.gather(-1, tokens.clamp(max=V - 2)[..., None])[..., 0])
+    return (ce * out.corruption.mask).sum(-1), (ce * out.corruption.mask).sum(-1) / out.corruption.t
+
+
+def test_average_over_sequences(toy):
+    """Each sequence by its own length; one that counts nothing does not count."""
+    tokens = ids(4, 7, V, masks=0)
+    counted = torch.arange(7)[None] < torch.tensor([7, 3, 0, 5])[:, None]
+    common = {"maskable": counted, "num_loops": 2, "seed": 3, "t_range": (0.4, 0.9)}
+    out = nelbo(toy, tokens, average="sequence", **common)
+    plain, weighted = by_hand(toy, tokens, out, 2)
+    lengths = torch.tensor([7.0, 3.0, 1.0, 5.0], dtype=torch.float64)
+    assert out.loss.item() == pytest.approx(((weighted / lengths).sum() / 3).item())
+    by_token = nelbo(toy, tokens, **common)
+    assert by_token.loss.item() == pytest.approx((weighted.sum() / 15).item()) != out.loss.item()
+    assert out.nelbo == by_token.nelbo and torch.equal(out.per_sequence, by_token.per_sequence)
+    masked = out.corruption.mask.sum(-1)
+    assert (masked[[0, 1, 3]] > 0).all()
+    mean = nelbo(toy, tokens, average="sequence", objective="masked_mean", **common)
+    assert mean.loss.item() == pytest.approx(((plain / masked.clamp(min=1)).sum() / 3).item())
+
+
+PROMPTS = torch.tensor([3, 0, 5])
+
+
+def dialogue():
+    """Prompts of 3, 0 and 5 tokens in sequences of 6, 8 and 7, filled up to 8 with the EOS token 0."""
+    tokens = ids(3, 8, V, masks=0)
+    return tokens.masked_fill(torch.arange(8)[None] >= torch.tensor([6, 8, 7])[:, None], 0)
+
+
+def test_fine_tuning_by_hand(toy):
+    """LLaDA's formula: sum of CE / t over masked answer tokens, EOS filling included, over the answer's length."""
+    tokens = dialogue()
+    place = torch.arange(8)[None]
+    for seed in range(30):
+        out = sft(toy, tokens, PROMPTS, num_loops=2, seed=seed, t_range=(0.5, 1.0))
+        assert not out.corruption.mask[place < PROMPTS[:, None]].any()
+    assert out.corruption.mask.any(-1).all() and out.corruption.mask[0, 6:].any()
+    _, weighted = by_hand(toy, tokens, out, 2)
+    want = sum((weighted[b] / (8 - PROMPTS[b])).item() for b in range(3)) / 3
+    assert out.loss.item() == pytest.approx(want)
+    everything = sft(toy, tokens, PROMPTS, num_loops=2, mask=torch.ones(3, 8).bool(), t=torch.ones(3))
+    assert torch.equal(everything.corruption.mask, place >= PROMPTS[:, None])
+    # a mask of the prompts says the same; so do plain numbers
+    for same in (
+        sft(toy, tokens, prompt_mask=(place < PROMPTS[:, None]).long(), num_loops=2, seed=29, t_range=(0.5, 1.0)),
+        sft(toy, tokens, [3, 0, 5], num_loops=2, seed=29, t_range=(0.5, 1.0)),
+    ):
+        assert same.loss == out.loss
+    summed = sft(toy, tokens, PROMPTS, num_loops=2, seed=29, t_range=(0.5, 1.0), average="token")
+    assert summed.loss.item() == pytest.approx((weighted.sum() / (24 - 8)).item())
+
+
+def test_fine_tuning_ignores_padding(toy):
+    """A wider batch: same loss, same gradients; and lengths count real tokens, wherever the padding is."""
+    tokens = dialogue()
+    mask, t = torch.rand(3, 8) < 0.6, torch.tensor([0.4, 0.7, 0.9], dtype=torch.float64)
+    padding = torch.full((3, 4), 2)
+    results = []
+    for widen in (lambda x, y: x, lambda x, y: torch.cat((x, y), 1), lambda x, y: torch.cat((y, x), 1)):
+        real = widen(torch.ones(3, 8).bool(), torch.zeros(3, 4).bool())
+        wide = widen(mask, torch.ones(3, 4).bool())
+        out = sft(toy, widen(tokens, padding), PROMPTS, attention_mask=real, mask=wide, t=t, num_loops=2)
+        grads = torch.autograd.grad(out.loss, list(toy.parameters()))
+        results.append((out.loss.detach(), *grads))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b)
+    drawn = [
+        sft(toy, tokens, PROMPTS, num_loops=1, seed=1).loss,
+        sft(
+            toy,
+            torch.cat((tokens, padding), 1),
+            PROMPTS,
+            attention_mask=(torch.arange(12) < 8).expand(3, 12),
+            num_loops=1,
+            seed=1,
+        ).loss,
+    ]
+    torch.testing.assert_close(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "needs one of prompt_lengths and prompt_mask"),
+        (
+            {"prompt_lengths": [1, 1, 1], "prompt_mask": torch.zeros(3, 8)},
+            "needs one of prompt_lengths and prompt_mask",
+        ),
+        ({"prompt_lengths": [1, 8, 1]}, "the prompt of sequence 1 covers all of it"),
+        (
+            {"prompt_lengths": [1, 1, 3], "attention_mask": torch.arange(8).expand(3, 8) < 3},
+            "the prompt of sequence 2 covers all of it",
+        ),
+        ({"prompt_mask": torch.ones(3, 8)}, "the prompt of sequence 0 covers all of it"),
+        ({"prompt_lengths": [1, 1]}, r"prompt_lengths is torch.int64 \[2\]; expected integers \[3\]"),
+        ({"prompt_lengths": [1.0, 1.0, 2.0]}, "prompt_lengths is torch.float32"),
+        ({"prompt_mask": torch.ones(3, 7)}, r"prompt_mask is \[3, 7\], tokens is \[3, 8\]"),
+    ],
+)
+def test_prompts_that_make_no_sense(toy, arguments, words):
+    with pytest.raises(InputError, match=words):
+        sft(toy, dialogue(), **arguments)
+
+
+def test_loop_counts_from_a_function(toy):
+    tokens = ids(2, T, V, masks=0)
+    with torch.no_grad():
+        assert [nelbo(toy, tokens, num_loops=lambda step: 2 + step % 2, step=s).num_loops for s in (0, 1, 4)] == [
+            2,
+            3,
+            2,
+        ]
+    with pytest.raises(InputError, match="at least once"):
+        nelbo(toy, tokens, num_loops=lambda step: 0)
+
+
+class Deep(Table):
+    """Its table times k after visit k; takes a Depth and keeps it."""
+
+    takes_depth = True
+
+    def hidden(self, input_ids, attention_mask=None, num_loops=None, sigma=None):
+        out = super().hidden(input_ids, attention_mask, num_loops, sigma)
+        if isinstance(num_loops, int):
+            return out * num_loops
+        if num_loops.every:
+            num_loops.outputs.extend(out * k for k in range(1, num_loops.num_loops + 1))
+        return out * num_loops.num_loops
+
+
+def test_deep_supervision_is_the_mean_over_visits():
+    model = Deep(torch.randn(T, V, V, dtype=torch.float64, requires_grad=True), mask_id=4)
+    tokens = ids(5, T, V, masks=0)
+    common = {"seed": 2, "t_range": (0.5, 1.0)}
+    template = Depth(every=True)
+    for options in ({}, {"objective": "masked_mean"}, {"average": "sequence"}):
+        out = nelbo(model, tokens, num_loops=3, depth=template, **common, **options)
+        each = [nelbo(model, tokens, num_loops=k, **common, **options) for k in (1, 2, 3)]
+        assert out.loss.item() == pytest.approx(sum(e.loss.item() for e in each) / 3)
+        assert out.nelbo == each[2].nelbo and torch.equal(out.per_sequence, each[2].per_sequence)
+        assert out.num_loops == 3 and out.loss.requires_grad and len({e.loss.item() for e in each}) == 3
+    assert template.num_loops is None and template.outputs == []
+
+
+def test_loopmdm_with_a_template(toy):
+    """Deep supervision against three passes, gradients included; recomputation changes nothing."""
+    tokens = ids(3, 6, V, masks=0)
+    common = {"seed": 2, "t_range": (0.5, 1.0)}
+
+    def gradient(loss):
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, list(toy.parameters()), materialize_grads=True)]
+        )
+
+    every = nelbo(toy, tokens, num_loops=3, depth=Depth(every=True), **common)
+    each = [nelbo(toy, tokens, num_loops=k, **common) for k in (1, 2, 3)]
+    assert every.loss.item() == pytest.approx(sum(e.loss.item() for e in each) / 3)
+    assert every.nelbo.item() == pytest.approx(each[2].nelbo.item())
+    torch.testing.assert_close(gradient(every.loss), gradient(sum(e.loss for e in each) / 3))
+    plain = nelbo(toy, tokens, num_loops=3, **common)
+    whole = gradient(plain.loss)
+    torch.testing.assert_close(
+        gradient(nelbo(toy, tokens, num_loops=3, depth=Depth(checkpoint=True), **common).loss), whole
+    )
+    short = nelbo(toy, tokens, num_loops=3, depth=Depth(backprop_loops=1), **common)
+    assert short.loss.item() == pytest.approx(plain.loss.item()) and (gradient(short.loss) - whole).abs().max() > 1e-3
+
+
+def test_the_template_reaches_the_model():
+    model = Deep(torch.randn(T, V, V), mask_id=4)
+    tokens = ids(2, T, V, masks=0)
+    rule = RelativeChange(0.1)
+    nelbo(model, tokens, num_loops=5, depth=Depth(backprop_loops=2, checkpoint=True, early_exit=rule))
+    given = model.calls[-1][2]
+    assert (given.num_loops, given.backprop_loops, given.checkpoint, given.early_exit) == (5, 2, True, rule)
+    nelbo(model, tokens, num_loops=5)
+    assert model.calls[-1][2] == 5, "no template, no Depth"
+    with pytest.raises(InputError, match=r"depth.num_loops must be None here"):
+        nelbo(model, tokens, depth=Depth(num_loops=2))
+    with pytest.raises(InputError, match="Table does not take a depth"):
+        nelbo(Table(torch.randn(T, V, V), mask_id=4), tokens, depth=Depth())

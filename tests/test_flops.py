@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loopmdm.config import preset
 from loopmdm.errors import InputError
+from loopmdm.model.depth import Depth
 from loopmdm.model.flops import (
     forward_flops,
     head_flops,
@@ -86,7 +87,13 @@ def test_forward_flops_defaults():
     config = preset("tiny-dit")
     assert forward_flops(config, 50) == forward_flops(config, 50, config.loop.max_loops)
     assert forward_flops(config, 50, 2) == 50 * token_flops(config, 50, 2, "head")
-    assert LoopMDM(config).forward_flops(50, 2) == forward_flops(config, 50, 2)
+    model = LoopMDM(config)
+    assert model.forward_flops(50, 2) == forward_flops(config, 50, 2)
+    mean = (model.forward_flops(50, 1) + model.forward_flops(50, 1) + model.forward_flops(50, 5)) / 3
+    assert model.forward_flops(50, 7 / 3) == pytest.approx(mean), "F is linear in S"
+    for bad in (0.5, float("inf"), float("nan"), True, "2"):
+        with pytest.raises(InputError, match=r"num_loops is .*at least once"):
+            model.forward_flops(50, bad)
 
 
 def sized(backbone):
@@ -135,3 +142,31 @@ def test_training_against_the_counter(backbone, num_loops):
     assert got == pytest.approx(want, rel=1e-3)
     if backbone == "llama":
         assert got == want
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("also", [(), ((3, 1), (5, 2))])
+def test_several_blocks_recomputation_and_deep_supervision_against_the_counter(also, every):
+    config = sized("llama").replace(num_hidden_layers=8, also=also)
+    model, tokens, S, T = LoopMDM(config), torch.randint(0, 299, (1, 192)), 4, 192
+    with torch.no_grad():
+        assert counted(lambda: model(tokens, num_loops=S).logits) == forward_flops(config, T, S)
+
+    def step(checkpoint):
+        depth = Depth(S, checkpoint=checkpoint, every=every)
+        hidden = model.hidden(tokens, None, depth)
+        sum((model.lm_head(x) ** 2).sum() for x in depth.outputs or [hidden]).backward()
+
+    assert counted(lambda: step(False)) == training_flops(config, T, S, every=every)
+    # recomputation stops once it has what the backward pass reads, short of each visit's last matrix product
+    coda_visits = sum(range(1, S + 1)) if every else S
+    spared = (S + len(also) * coda_visits) * T * 2 * config.hidden_size * config.intermediate_size
+    assert counted(lambda: step(True)) == training_flops(config, T, S, every=every, recompute=True) - spared
+
+
+def test_truncated_backprop_against_the_counter():
+    """Less than F(S) + 2 F(k) by what the plain boundary cuts off: the backward pass of the layers before."""
+    config, S, k, T = sized("llama"), 5, 2, 192
+    model, tokens = LoopMDM(config), torch.randint(0, 299, (1, 192))
+    got = counted(lambda: model(tokens, num_loops=Depth(S, backprop_loops=k)).logits[..., :299].sum().backward())
+    assert got == training_flops(config, T, S, grad_loops=k) - T * 2 * layer_flops(config, T)

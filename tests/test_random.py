@@ -1,5 +1,7 @@
 """Philox and what is built on it: published vectors, the open interval, independence of shapes."""
 
+import math
+
 import pytest
 import torch
 
@@ -94,6 +96,74 @@ def test_moments_and_independence():
     counts = torch.histc(u.float(), 64, 0, 1).double()
     chi2 = ((counts - n / 64) ** 2 / (n / 64)).sum()
     assert 25 < chi2 < 115  # 63 degrees of freedom, p about 1e-4 at either end
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 65537])
+def test_permuted_is_a_bijection_of_its_own_each_epoch_and_seed(n):
+    everyone = torch.arange(n)
+    images = [random.permuted(everyone, n, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (2**64 - 1, 0))]
+    for image in images:
+        assert image.dtype == torch.int64 and torch.equal(image.sort().values, everyone)
+    if n >= 100:
+        for i, a in enumerate(images):
+            assert (a == everyone).sum() < 12  # one fixed point is expected, and one agreement
+            for b in images[:i]:
+                assert (a == b).sum() < 12
+
+
+def test_permuted_needs_no_neighbours():
+    i, epochs = torch.tensor([[3, 99], [0, 41]]), torch.tensor([[0, 7], [1, 0]])
+    got = random.permuted(i, 100, 9, epochs)
+    for row in range(2):
+        for column in range(2):
+            epoch = int(epochs[row, column])
+            assert got[row, column] == random.permuted(torch.arange(100), 100, 9, epoch)[i[row, column]]
+    assert i.tolist() == [[3, 99], [0, 41]]
+    far = random.permuted(torch.arange(500) + 2**61, 2**62, 9, 2**32 - 1)
+    assert far.min() >= 0 and far.max() < 2**62 and len(far.unique()) == 500
+    assert (far < 2**61).sum() in range(190, 311)
+    for n in (0, 2**62 + 1):
+        with pytest.raises(InputError, match="takes 1 to"):
+            random.permuted(torch.tensor([0]), n, 0, 0)
+
+
+def test_permuted_is_uniform():
+    """All orders of 3, 4 and 5, pairs of images of 17, and where neighbours of 1000 go; bounds at p about 1e-5."""
+    for n, upper in ((3, 31), (4, 67), (5, 195)):
+        epochs = torch.arange(40000).repeat_interleave(n)
+        images = random.permuted(torch.arange(n).repeat(40000), n, 1, epochs).view(-1, n)
+        counts = images.unique(dim=0, return_counts=True)[1].double()
+        assert len(counts) == math.factorial(n)
+        mean = 40000 / len(counts)
+        assert ((counts - mean) ** 2 / mean).sum() < upper
+    epochs = torch.arange(20000)
+    a, b = (random.permuted(torch.full_like(epochs, i), 17, 5, epochs) for i in (2, 3))
+    counts = torch.bincount(a * 17 + b, minlength=289).view(17, 17).double()
+    assert (counts.diagonal() == 0).all()
+    off, mean = counts[~torch.eye(17, dtype=torch.bool)], 20000 / 272
+    assert ((off - mean) ** 2 / mean).sum() < 380
+    far = random.permuted(torch.arange(1000), 1000, 3, 0).double()
+    gap = (far[1:] - far[:-1]).abs()
+    assert abs(gap.mean() - 1000 / 3) < 4 * 1000 / 18**0.5 / 999**0.5 * 1.5
+
+
+def test_shift_is_in_range_uniform_and_independent_of_the_order():
+    epochs = torch.arange(20000)
+    got = random.shift(10, 4, epochs)
+    counts = torch.bincount(got, minlength=10).double()
+    assert len(counts) == 10 and ((counts - 2000) ** 2 / 2000).sum() < 40
+    assert torch.equal(random.shift(10, 4, epochs[7:9]), got[7:9])
+    assert not torch.equal(random.shift(10, 5, epochs), got)
+    wide = random.shift(2**40, 4, epochs).double() / 2**40
+    assert wide.min() >= 0 and wide.max() < 1 and abs(wide.mean() - 0.5) < 0.01
+    first = random.permuted(torch.zeros_like(epochs), 10, 4, epochs).double()
+    correlation = torch.corrcoef(torch.stack((first, got.double())))[0, 1]
+    assert abs(correlation) < 0.03
+
+
+def test_streams_do_not_meet():
+    names = "LOOPS TIME MASK SAMPLE_POSITION SAMPLE_TOKEN DATA T_EVAL COUNT ORDER REMASK HIT".split()  # noqa: SIM905
+    assert [getattr(random, name) for name in names] == list(range(11))  # appended to, never reordered
 
 
 def test_scalar():

@@ -1,5 +1,6 @@
 """The training loop: reproducible, the same however a step is shared out, and stoppable without loss."""
 
+import copy
 import json
 import math
 import os
@@ -9,13 +10,18 @@ import sys
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
-from loopmdm.diffusion import T_MIN, nelbo
+from loopmdm.diffusion import T_MIN, nelbo, sample_loops
 from loopmdm.errors import InputError
 from loopmdm.lab import train as train_module
+from loopmdm.lab.corpus import Sequences
 from loopmdm.lab.data import TextData, build_tokenizer
-from loopmdm.lab.train import Recipe, RunFolder, accelerator_for, fit, micro_batch
-from loopmdm.model.flops import training_flops
+from loopmdm.lab.optim import SpikeGuard
+from loopmdm.lab.recipe import Recipe
+from loopmdm.lab.run import RunFolder
+from loopmdm.lab.train import Trainer, accelerator_for, fit, micro_batch
+from loopmdm.model.flops import inverse_flops_loops, training_flops
 from loopmdm.model.lm import LoopMDM
 
 from .helpers import live, tiny
@@ -114,7 +120,16 @@ def test_progress_tells_the_whole_step(corpus):
     model = live(config(corpus))
     seen = []
     data = batches(corpus)
-    fit(model, data, Recipe(**FAST, accumulate=4), on_step=seen.append)
+    second = []
+
+    def note(progress):
+        seen.append(progress)
+        if progress.step == 1:  # what the second step will see
+            with torch.no_grad():
+                second.append(float(nelbo(model, data(1, torch.arange(8)), seed=0, step=1).nelbo))
+
+    fit(model, data, Recipe(**FAST, accumulate=4), on_step=note)
+    assert seen[1].nelbo == pytest.approx(second[0], rel=1e-5)
     assert [p.step for p in seen] == [1, 2, 3, 4] and all(p.steps == 4 for p in seen)
     first = nelbo(live(config(corpus)), data(0, torch.arange(8)), seed=0, step=0)
     assert seen[0].nelbo == pytest.approx(float(first.nelbo), rel=1e-5)
@@ -179,27 +194,166 @@ def test_ctrl_c_in_the_middle_of_a_step_abandons_that_step(corpus):
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(corpus, part):
-    """In whichever micro-batch it happens."""
-    model, kept = live(config(corpus)), []
+    """In whichever micro-batch it happens. The step is skipped and counted; many in a row end the training."""
+    model, seen = live(config(corpus)), []
 
     def batch(step, index):
-        bad = step == 2 and int(index[0]) == 4 * part
+        bad = (step == 2 or step > 3) and int(index[0]) == 4 * part
         model.loop.boundary.eps = math.nan if bad else model.config.norm_eps
         return corpus.batch(0, step, index)
 
-    with pytest.raises(InputError, match="loss became nan at step 3; lower the learning rate"):
-        recipe = Recipe(**FAST, accumulate=2, loops=2)
-        fit(model, batch, recipe, on_step=lambda p: kept.append(weights(model)))
-    assert len(kept) == 2 and torch.equal(weights(model), kept[-1])
+    with pytest.raises(
+        InputError, match=r"loss became nan at step 14, the 10th update in a row .*lower the learning rate"
+    ):
+        recipe = Recipe(**{**FAST, "steps": 50, "ema": 0.9}, accumulate=2, loops=2)
+        fit(model, batch, recipe, on_step=lambda p: seen.append((p.skipped, weights(model), weights(p.average))))
+    assert [skipped for skipped, _, _ in seen] == [0, 0, 1, 1, *range(2, 11)]
+    for last in (1, 2):
+        assert torch.equal(seen[1][last], seen[2][last]) and torch.equal(seen[3][last], seen[-1][last])
+        assert not torch.equal(seen[2][last], seen[3][last])
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(corpus):
     model = live(config(corpus))
     before = weights(model)
     model.lm_head.weight.register_hook(lambda g: g / 0)
-    with pytest.raises(InputError, match=r"gradient's norm became (inf|nan) at step 1"):
-        fit(model, batches(corpus), Recipe(**FAST))
+    with pytest.raises(InputError, match=r"gradient's norm became (inf|nan) at step 10"):
+        fit(model, batches(corpus), Recipe(**{**FAST, "steps": 11}))
     assert torch.equal(weights(model), before)
+
+
+def test_a_spike_is_skipped_and_leaves_no_trace(corpus):
+    """A gradient 50 times the usual, at step 21: with the guard as if the step had not been."""
+    model, seen, factor = live(config(corpus)), [], 1.0
+    model.lm_head.weight.register_hook(lambda g: g * factor)
+
+    def batch(step, index):
+        nonlocal factor
+        factor = 50.0 if step == 20 else 1.0
+        return corpus.batch(0, step, index)
+
+    recipe = Recipe(**{**FAST, "steps": 24, "objective": "masked_mean"}, spike_guard=5.0)
+    fit(model, batch, recipe, on_step=lambda p: seen.append((p.skipped, weights(model), p.grad_norm)))
+    assert [skipped for skipped, _, _ in seen] == [0] * 20 + [1] * 4
+    assert torch.equal(seen[19][1], seen[20][1]) and not torch.equal(seen[20][1], seen[21][1])
+    assert seen[20][2] > 5 * seen[19][2]
+
+
+def test_the_guard_against_its_definition():
+    guard = SpikeGuard(3.0)
+    norms = [1.0 + i % 3 for i in range(SpikeGuard.LEAST - 1)]
+    assert [guard.refuses(1.0, n) for n in [*norms[:-1], 100.0, norms[-1]]] == [None] * SpikeGuard.LEAST
+    assert guard.refuses(1.0, 6.0) is None  # 3 times the median, no more
+    assert guard.refuses(1.0, 6.01) == "the gradient's norm became 6.01, 3 times the usual"
+    assert (guard.skipped, guard.in_a_row) == (1, 1) and 6.01 not in guard.norms
+    other = SpikeGuard(3.0)
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert other.state_dict() == guard.state_dict()
+    for n in range(200):
+        assert guard.refuses(1.0, 1.0 + n / 1000) is None
+    assert guard.in_a_row == 0 and guard.norms == [1.0 + n / 1000 for n in range(200)][-SpikeGuard.WINDOW :]
+    assert SpikeGuard().refuses(1.0, 1e30) is None and "inf" in SpikeGuard().refuses(math.inf, 1.0)
+
+
+def test_fp16_s_scaler_serves_every_optimizer(corpus):
+    """Loss scaling changes nothing; an overflow is skipped by the scaler, which is not the guard's to count."""
+
+    def run(scaled, overflow=False):
+        model = live(config(corpus))
+        trainer = Trainer(model, Recipe(**{**FAST, "optimizer": "muon", "clip": 1e9}))
+        if scaled:
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            if overflow:
+                model.lm_head.weight.register_hook(lambda g: g / 0)
+            engine = trainer.accelerator = copy.copy(trainer.accelerator)
+            engine.scaler = scaler
+            trainer.optimizers = [AcceleratedOptimizer(o.optimizer, scaler=scaler) for o in trainer.optimizers]
+            engine.backward = lambda loss: scaler.scale(loss).backward()
+
+            def clip(parameters, bound):
+                for optimizer in trainer.optimizers:
+                    scaler.unscale_(optimizer.optimizer)
+                return torch.nn.utils.clip_grad_norm_(parameters, bound)
+
+            engine.clip_grad_norm_ = clip
+        trainer.run(batches(corpus))
+        return weights(model), trainer
+
+    plain, scaled = run(False)[0], run(True)[0]
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-6)
+    stuck, trainer = run(True, overflow=True)
+    assert torch.equal(stuck, weights(live(config(corpus)))) and trainer.guard.skipped == 0
+    assert trainer.accelerator.scaler.get_scale() == 8.0 / 2 ** FAST["steps"]
+
+
+def test_the_recipe_s_ways_reach_the_loss_and_the_flops(corpus, monkeypatch):
+    seen = []
+
+    def spy(model, tokens, **options):
+        seen.append(options)
+        return nelbo(model, tokens, **options)
+
+    monkeypatch.setattr(train_module, "nelbo", spy)
+    model = live(config(corpus))
+    ways = {"backprop_loops": 1, "checkpoint_loops": True, "deep_supervision": True, "loops": 3}
+    recipe = Recipe(**{**FAST, "steps": 2}, schedule="cosine", average="sequence", **ways)
+    flops = []
+    fit(model, batches(corpus), recipe, on_step=lambda p: flops.append(p.flops))
+    depth = seen[0].pop("depth")
+    assert (depth.backprop_loops, depth.checkpoint, depth.every) == (1, True, True)
+    assert {k: seen[0][k] for k in ("schedule", "average", "num_loops")} == {
+        "schedule": "cosine",
+        "average": "sequence",
+        "num_loops": 3,
+    }
+    one = 8 * training_flops(model.config, 12, 3, grad_loops=1, recompute=True, every=True)
+    assert flops == pytest.approx([one, 2 * one]) and one != 8 * training_flops(model.config, 12, 3)
+    seen.clear()
+    fit(live(config(corpus)), batches(corpus), Recipe(**FAST))
+    assert seen[0]["depth"] is None
+
+
+def test_loops_drawn_by_a_function_or_by_cost(corpus):
+    loops = []
+
+    def note(progress):
+        loops.append(progress.result.num_loops)
+
+    fit(live(config(corpus)), batches(corpus), Recipe(**FAST), on_step=note, loops=lambda step: 4 - step)
+    assert loops == [4, 3, 2, 1]
+    with pytest.raises(InputError, match="loops is 0"):
+        fit(live(config(corpus)), batches(corpus), Recipe(**FAST), loops=lambda step: step)
+    model = live(config(corpus))
+    draw = Trainer(model, Recipe(**FAST, loop_distribution="inverse_flops"), length=12).loops
+    want = inverse_flops_loops(model.config, 12, 3)
+    assert want[1] > want[3] and [draw(s) for s in range(50)] == [sample_loops(want, 0, s) for s in range(50)]
+
+
+@pytest.mark.parametrize("average", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["nelbo", "masked_mean"])
+def test_masks_are_passed_on_and_normalised_over_the_step(corpus, monkeypatch, objective, average):
+    """Sequences of unequal length in micro-batches: the step is that of `nelbo` on all of them at once."""
+    sgd(monkeypatch)
+    model = live(config(corpus))
+    before = weights(model)
+
+    def batch(step, index):
+        real = torch.arange(12) < (3 + index)[:, None]
+        maskable = torch.arange(12) % 4 != (index % 4)[:, None]
+        documents = (torch.arange(12) >= 2).long().expand(len(index), 12)
+        return Sequences(corpus.batch(0, step, index), real, maskable, documents)
+
+    all_, seen = batch(0, torch.arange(8)), []
+    out = nelbo(model, **all_._asdict(), seed=0, step=0, objective=objective, average=average)
+    gradient = torch.autograd.grad(out.loss, list(model.parameters()), materialize_grads=True)
+    recipe = Recipe(
+        **{**FAST, "steps": 1, "accumulate": 4, "clip": 1e9, "objective": objective, "average": average},
+    )
+    fit(model, batch, recipe, on_step=seen.append)
+    flat = torch.cat([g.flatten() for g in gradient])
+    torch.testing.assert_close(weights(model), before - 0.1 * flat, rtol=0, atol=1e-6)
+    assert seen[0].nelbo == pytest.approx(float(out.nelbo), rel=1e-5)
+    assert seen[0].grad_norm == pytest.approx(float(flat.norm()), rel=1e-4)
 
 
 def test_batch_size_must_divide():
@@ -229,6 +383,13 @@ def test_batch_size_must_divide():
         ({"t_start": 0.0}, "t_start is 0.0"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"loops": 0}, "loops is 0"),
+        ({"backprop_loops": 0}, "backprop_loops is 0"),
+        ({"loop_distribution": "inverse"}, "did you mean 'inverse_flops'"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"average": "tokens"}, "did you mean 'token'"),
+        ({"spike_guard": 1.0}, "spike_guard is 1.0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"beta2": 1.0}, "beta2 is 1.0"),
         ({"seed": 2**64}, "seed is"),
     ],
 )

@@ -14,33 +14,55 @@ from typing import TYPE_CHECKING
 __version__ = _version("loopmdm")
 
 _HOME = {
+    "POLICIES": "sampling.policies",
     "PRESETS": "config",
     "Denoiser": "model.denoiser",
-    "Generation": "sampling.engine",
+    "Depth": "model.depth",
+    "DepthTable": "sampling.depth",
+    "Generation": "sampling.generation",
     "InputError": "errors",
     "LoopConfig": "config",
     "LoopMDM": "model.lm",
     "LoopedBlock": "model.loop",
     "ModelConfig": "config",
+    "Move": "sampling.state",
+    "Policy": "sampling.state",
+    "RelativeChange": "model.depth",
+    "State": "sampling.state",
     "generate": "sampling.engine",
+    "likelihood": "diffusion",
     "nelbo": "diffusion",
+    "nelbo_by_time": "diffusion",
     "residual_norm": "ops.residual_norm",
+    "rolling": "diffusion",
     "select_topk": "ops.select_topk",
+    "sft": "diffusion",
 }
 
 if TYPE_CHECKING:
     from .config import PRESETS as PRESETS
     from .config import LoopConfig as LoopConfig
     from .config import ModelConfig as ModelConfig
+    from .diffusion import likelihood as likelihood
     from .diffusion import nelbo as nelbo
+    from .diffusion import nelbo_by_time as nelbo_by_time
+    from .diffusion import rolling as rolling
+    from .diffusion import sft as sft
     from .errors import InputError as InputError
     from .model.denoiser import Denoiser as Denoiser
+    from .model.depth import Depth as Depth
+    from .model.depth import RelativeChange as RelativeChange
     from .model.lm import LoopMDM as LoopMDM
     from .model.loop import LoopedBlock as LoopedBlock
     from .ops.residual_norm import residual_norm as residual_norm
     from .ops.select_topk import select_topk as select_topk
-    from .sampling.engine import Generation as Generation
+    from .sampling.depth import DepthTable as DepthTable
     from .sampling.engine import generate as generate
+    from .sampling.generation import Generation as Generation
+    from .sampling.policies import POLICIES as POLICIES
+    from .sampling.state import Move as Move
+    from .sampling.state import Policy as Policy
+    from .sampling.state import State as State
 
 
 def __getattr__(name: str) -> object:

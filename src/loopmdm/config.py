@@ -39,14 +39,18 @@ class LoopConfig:
         max_loops: S_max of training, and the S of evaluation and sampling when none is given.
         boundary: what happens between visits. "plain": nothing (the paper). "anchored":
             x <- RMSNorm(x + x0) * g with x0 the prelude's output and g one learned gain.
+        also: further looped blocks, (start, length) each, in order and apart from one another. Each is visited S
+            times too; anchored, its x0 is its own input and its gain its own.
     """
 
     start: int = 1
     length: int = 2
     max_loops: int = 12
     boundary: str = "plain"
+    also: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "also", _runs(self.also))
         _typed(self, "loop.")
         if self.start < 0 or self.length < 1:
             raise InputError(
@@ -55,6 +59,24 @@ class LoopConfig:
             )
         check_loops(self.max_loops, "max_loops")
         _one_of("loop.boundary", self.boundary, BOUNDARIES)
+        end = self.start + self.length
+        for start, length in self.also:
+            if start < end or length < 1:
+                raise InputError(
+                    f"loop.also has {length} layers from layer {start} on; each further looped block needs at least "
+                    f"one layer and starts after the one before it, here at layer {end} or later"
+                )
+            end = start + length
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(start, length) of every looped block."""
+        return ((self.start, self.length), *self.also)
+
+    @property
+    def num_layers(self) -> int:
+        """Looped layers of all looped blocks (n)."""
+        return sum(length for _, length in self.runs)
 
 
 @dataclass(frozen=True)
@@ -66,7 +88,7 @@ class ModelConfig:
         mask_token_id: the absorbing [MASK]; None means the last id.
         pad_token_id: fills positions that no sequence owns; None means the mask id.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: d, L, H, f.
-            L counts distinct layers; depth applied is L + (S - 1) * loop.length.
+            L counts distinct layers; depth applied is L + (S - 1) * loop.num_layers.
         num_key_value_heads: fewer than H for grouped-query attention; None means H.
         head_dim: None means d / H.
         hidden_act: "swiglu" (gated), "gelu_tanh", "gelu" or "relu2".
@@ -176,11 +198,12 @@ class ModelConfig:
             raise InputError(f"initializer_range is {self.initializer_range}; it must be above 0")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout is {self.dropout}; it must be in [0, 1)")
-        if self.loop.start + self.loop.length > self.num_hidden_layers:
-            raise InputError(
-                f"the looped block covers layers {self.loop.start}..{self.loop.start + self.loop.length - 1}, "
-                f"but the model has {self.num_hidden_layers} layers (0..{self.num_hidden_layers - 1})"
-            )
+        for start, length in self.loop.runs:
+            if start + length > self.num_hidden_layers:
+                raise InputError(
+                    f"the looped block covers layers {start}..{start + length - 1}, "
+                    f"but the model has {self.num_hidden_layers} layers (0..{self.num_hidden_layers - 1})"
+                )
 
     @property
     def gated(self) -> bool:
@@ -188,10 +211,13 @@ class ModelConfig:
 
     def depth(self, num_loops: int) -> int:
         """Layers applied at S = num_loops: L + (S - 1) * n."""
-        return self.num_hidden_layers + (num_loops - 1) * self.loop.length
+        return self.num_hidden_layers + (num_loops - 1) * self.loop.num_layers
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain values, as JSON gives them back."""
+        data = dataclasses.asdict(self)
+        data["loop"]["also"] = [list(run) for run in self.loop.also]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
@@ -238,7 +264,18 @@ _TYPES: dict[str, Any] = {
     "bool": bool,
     "None": type(None),
     "LoopConfig": LoopConfig,
+    "tuple[tuple[int, int], ...]": tuple,
 }
+
+
+def _runs(value: Any) -> tuple[tuple[int, int], ...]:
+    """Pairs of whole numbers, from lists (JSON) or tuples."""
+    pairs = value if isinstance(value, (list, tuple)) else [value]
+    for pair in pairs:
+        whole = isinstance(pair, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+        if not whole or len(pair) != 2:
+            raise InputError(f"loop.also is {value!r}; it must be a list of [start, length], as [[6, 2], [9, 1]]")
+    return tuple((int(start), int(length)) for start, length in pairs)
 
 
 def _typed(config: LoopConfig | ModelConfig, prefix: str) -> None:

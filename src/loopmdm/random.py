@@ -62,6 +62,58 @@ def scalar(seed: int, stream: int, step: int) -> float:
     return float(uniform(seed, stream, step, torch.zeros(1, dtype=torch.int64), 1))
 
 
+def permuted(i: Tensor, n: int, seed: int, epoch: int | Tensor) -> Tensor:
+    """The images of `i` under a permutation of 0..n-1, another one each epoch; nothing is stored.
+
+    A Feistel network of eleven rounds on the smallest even number of bits that holds n, its rounds' keys by Philox;
+    an image outside the range is permuted again until it is inside (cycle-walking; Black and Rogaway, CT-RSA 2002).
+
+    Args:
+        i: int64 of any shape, in [0, n).
+        n: at most 2^62.
+        epoch: below 2^32, one or one an element.
+    """
+    if not 1 <= n <= 2**62:
+        raise InputError(f"n is {n}; a permutation takes 1 to 2^62 things")
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low, x = (1 << half) - 1, i.to(torch.int64)
+    epochs = torch.as_tensor(epoch, dtype=torch.int64, device=i.device).expand(x.shape)
+    block = torch.arange(1, 4, device=i.device).expand(*x.shape, 3)  # 0 is `shift`'s
+    counter = (block, torch.zeros_like(block), epochs[..., None].expand_as(block), torch.full_like(block, ORDER))
+    keys = torch.cat(philox(counter, _key(seed, i.device)), dim=-1)
+    keys, flip = keys[..., :-1], keys[..., -1] & 1
+    pending = torch.ones_like(x, dtype=torch.bool)
+    while bool(pending.any()):
+        y, rounds = x[pending], keys[pending].unbind(-1)
+        left, right = y >> half, y & low
+        for key in rounds:
+            left, right = right, left ^ (_mixed(right + key) & low)
+        x = x.masked_scatter(pending, left << half | right)
+        pending = x >= n
+    # Feistel networks are even permutations; swapping 0 and 1 or not gives the odd ones their half.
+    return x if n == 1 else torch.where(x < 2, x ^ flip, x)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser (Appleby): every bit in changes about half of those out."""
+    x = x & _LOW
+    x = ((x ^ x >> 16) * 0x85EBCA6B) & _LOW
+    x = ((x ^ x >> 13) * 0xC2B2AE35) & _LOW
+    return x ^ x >> 16
+
+
+def shift(n: int, seed: int, epoch: Tensor) -> Tensor:
+    """A number in [0, n) for each epoch, int64 of its shape; n is far below 2^63."""
+    zero = torch.zeros_like(epoch)
+    words = philox((zero, zero, epoch, torch.full_like(epoch, ORDER)), _key(seed, epoch.device))
+    return (words[0] << 31 | words[1] >> 1) % n
+
+
+def _key(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    whole = torch.tensor(signed(seed), device=device)
+    return whole & _LOW, (whole >> 32) & _LOW
+
+
 def signed(seed: int) -> int:
     """The int64 with the bits of an unsigned 64-bit seed."""
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:

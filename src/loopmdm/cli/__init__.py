@@ -14,10 +14,19 @@ from importlib import import_module
 from ..errors import InputError, nearest
 from .common import BAD_INPUT, FAILED, INTERRUPTED, Parser
 
-EXTRAS = {"accelerate": "train", "tokenizers": "train", "rich": "train", "tensorboard": "train", "matplotlib": "demo"}
+EXTRAS = {
+    "accelerate": "train",
+    "tokenizers": "train",
+    "rich": "train",
+    "tensorboard": "train",
+    "matplotlib": "plot",
+    "transformers": "hf",
+}
 COMMANDS = {
     "demo": "train a small model and watch it denoise, loop by loop",
     "train": "train a LoopMDM on text files",
+    "eval": "measure a model: likelihood by S and by noise level, and its samples",
+    "schedule": "fill a model's table of S by noise level, for a budget of FLOPs",
     "sample": "print text from a trained model",
     "flops": "parameters, FLOPs and FLOPs-matched steps of a model",
     "info": "what was built, what was found, and what each op uses here",

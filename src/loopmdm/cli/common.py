@@ -20,13 +20,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
-def model_options(parser: Parser, default: str) -> None:
-    parser.add_argument("--preset", default=default, help=f"one of {', '.join(PRESETS)} (default {default})")
+def model_options(parser: Parser, default: str, *, absent: bool = False) -> None:
+    """--preset and --set; with `absent`, what is not given leaves no attribute."""
+    parser.add_argument(
+        "--preset",
+        default=argparse.SUPPRESS if absent else default,
+        help=f"one of {', '.join(PRESETS)} (default {default})",
+    )
     parser.add_argument(
         "--set",
         nargs="+",
         action="extend",
-        default=[],
+        default=argparse.SUPPRESS if absent else [],
         metavar="KEY=VALUE",
         help="any field of ModelConfig or LoopConfig, as max_loops=6 boundary=anchored",
     )
@@ -40,7 +45,7 @@ def overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """KEY=VALUE words as values of the fields' types; `loop.` before a key of LoopConfig may be left out."""
     hints = get_type_hints(ModelConfig) | get_type_hints(LoopConfig)
     del hints["loop"]
-    found = {}
+    found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         key = key.strip().removeprefix("loop.")
@@ -48,8 +53,21 @@ def overrides(pairs: Iterable[str]) -> dict[str, Any]:
             raise InputError(f"--set takes KEY=VALUE, not {pair!r}")
         if key not in hints:
             raise InputError(f"unknown configuration key {key!r}{nearest(key, hints)}")
-        found[key] = _value(key, text.strip(), get_args(hints[key]) or (hints[key],))
+        if key == "also":
+            found[key] = _runs(text.strip())
+        else:
+            found[key] = _value(key, text.strip(), get_args(hints[key]) or (hints[key],))
     return found
+
+
+def _runs(text: str) -> tuple[tuple[int, ...], ...]:
+    """ "6:2,9:1" -> ((6, 2), (9, 1)), the further looped blocks; "" or "none" -> ()."""
+    if text.lower() in ("", "none", "null"):
+        return ()
+    try:
+        return tuple(tuple(int(number) for number in run.split(":")) for run in text.split(","))
+    except ValueError:
+        raise InputError(f"also is {text!r}; it must be START:LENGTH with commas between, as 6:2,9:1") from None
 
 
 def _value(key: str, text: str, kinds: tuple[type, ...]) -> Any:

@@ -49,10 +49,10 @@ def run(options: argparse.Namespace) -> int:
         rows.append((str(S), str(config.depth(S)), si(token), si(sequence)))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LoopMDM(config).parameters())
-    first, last = config.loop.start, config.loop.start + config.loop.length - 1
+    looped = ", ".join(f"{start}..{start + length - 1}" for start, length in config.loop.runs)
     print(
         f"{options.preset}: {parameters:,} parameters, {config.num_hidden_layers} layers of which "
-        f"{first}..{last} are looped; {length} tokens, convention {convention}\n"
+        f"{looped} are looped; {length} tokens, convention {convention}\n"
     )
     print(table(rows))
     print(f"\nSteps that cost the FLOPs of {options.baseline_steps:,} steps of the same model unlooped (S = 1):")

@@ -1,63 +1,113 @@
-"""`loopmdm train`: train a LoopMDM on text files."""
+"""`loopmdm train`: train a LoopMDM on text, or go on with a run."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import get_args, get_type_hints
+import os
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
-from .common import INTERRUPTED, Parser, described, model_options, numbers, overrides
+from ..errors import InputError
+from .common import Parser, described, model_options, numbers, overrides
 
 
 def options(parser: Parser) -> None:
-    from ..lab.train import Recipe
+    """Options that are not given leave no trace, so that `--resume` can tell them from those that are."""
+    from ..lab.recipe import Recipe
 
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="UTF-8 text files")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for the run")
-    parser.add_argument("--tokenizer", default="char", help="char (default), byte or bpe")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="ids of a bpe tokenizer, at most (default 4096)")
-    model_options(parser, "tiny-llama")
-    parser.add_argument("--length", type=int, default=128, help="tokens a window (default 128)")
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="text or .jsonl files (.xz, .gz, .bz2 too; FILE.jsonl#KEY for another key than text), folders, hf:NAME",
+    )
+    parser.add_argument("--out", metavar="DIR", help="a new folder for the run")
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, exactly; with its settings")
+    parser.add_argument("--valid", nargs="+", metavar="FILE", help="text to validate on (default: a part of the data)")
+    parser.add_argument("--cache", metavar="DIR", help="where tokenised text lies, for several runs (default OUT/data)")
+    parser.add_argument("--init", metavar="DIR", help="start from this saved model instead of a new one")
+    parser.add_argument("--tokenizer", help="char (default), byte, bpe, or the path of a tokenizer.json")
+    parser.add_argument("--vocab-size", type=int, help="ids of a bpe tokenizer, at most (default 4096)")
+    parser.add_argument("--packing", help="stream (default), or documents: attention within each")
+    parser.add_argument("--sft", action="store_true", help="fine-tune on answers: JSON lines, prompts are never masked")
+    parser.add_argument("--prompt-key", metavar="KEY", help="of such lines (default prompt)")
+    parser.add_argument("--answer-key", metavar="KEY", help="of such lines (default answer)")
+    model_options(parser, "tiny-llama", absent=True)
+    parser.add_argument("--length", type=int, help="tokens a window (default 128)")
     parser.add_argument("--eval-every", type=int, metavar="STEPS", help="(default: a tenth of the run)")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="(default: as --eval-every)")
     parser.add_argument("--eval-loops", metavar="S,S,...", help="S of evaluations (default: 1, 2, 4, ... S_max)")
-    parser.add_argument("--eval-windows", type=int, default=128, help="validation windows, at most (default 128)")
+    parser.add_argument("--eval-windows", type=int, help="validation windows, at most (default 128)")
+    parser.add_argument("--keep", type=int, metavar="N", help="checkpoints that stay (default 2)")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also write events for TensorBoard, in DIR/tensorboard"
+    )
     parser.epilog = (
         "The defaults suit long runs. Minutes on a CPU go further with: --optimizer muon --lr 2e-3 --matrix-lr 0.01 "
-        "--objective masked_mean --ema 0.98 --length 64 --set initializer_range=0.3"
+        "--objective masked_mean --ema 0.98 --length 64 --set initializer_range=0.3. SIGTERM and Ctrl-C let the step "
+        "in progress end and save everything."
     )
     recipe = parser.add_argument_group("recipe")
     texts = described(Recipe)
     hints = get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
         kind = next(t for t in (get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None))
+        name, text = f"--{field.name.replace('_', '-')}", texts.get(field.name, "").replace("%", "%%")
+        if kind is bool:
+            recipe.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
         shown = "" if field.default is None else f" (default {field.default})"
         recipe.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=kind,
-            default=field.default,
-            metavar=kind.__name__.upper(),
-            help=texts.get(field.name, "").replace("%", "%%") + shown,
+            name, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text + shown
         )
 
 
 def run(options: argparse.Namespace) -> int:
     from ..lab import text_run
-    from ..lab.train import Recipe
+    from ..lab.recipe import Recipe
 
-    recipe = Recipe(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Recipe)})
-    made = text_run.train(
-        options.data,
-        options.out,
-        recipe,
-        tokenizer=options.tokenizer,
-        vocab_size=options.vocab_size,
-        preset_name=options.preset,
-        overrides=overrides(options.set),
-        length=options.length,
-        eval_every=options.eval_every,
-        save_every=options.save_every,
-        eval_loops=numbers("eval-loops", options.eval_loops) if options.eval_loops is not None else None,
-        eval_windows=options.eval_windows,
-    )
-    return 0 if made.step == made.steps else INTERRUPTED
+    given = {name: value for name, value in vars(options).items() if name != "run"}
+    if "set" in given:
+        given["set"] = overrides(given["set"])
+    if "eval_loops" in given:
+        given["eval_loops"] = numbers("eval-loops", given["eval_loops"])
+    for name in ("data", "valid"):
+        if name in given:
+            given[name] = [_absolute(spec) for spec in given[name]]
+    if "resume" in given:
+        made = _resume(given)
+    else:
+        missing = [f"--{name}" for name in ("data", "out") if name not in given]
+        if missing:
+            raise InputError(f"{' and '.join(missing)} must be given, or --resume; see `loopmdm train --help`")
+        if given.get("sft"):
+            given.setdefault("average", "sequence")  # as LLaDA fine-tunes
+        of_recipe = {f.name for f in dataclasses.fields(Recipe)}
+        recipe = Recipe(**{name: value for name, value in given.items() if name in of_recipe})
+        rest = {name: value for name, value in given.items() if name not in of_recipe | {"out"}}
+        made = text_run.train(given["out"], recipe, text_run.Settings(**rest))
+    return 0 if made.signal is None else 128 + made.signal
+
+
+def _resume(given: dict[str, Any]) -> Any:
+    """Go on with a run; an option that it does not have already is refused."""
+    from ..lab.run import read_recipe
+    from ..lab.text_run import resume
+
+    path = Path(given.pop("resume"))
+    free = {name: given.pop(name) for name in ("steps", "keep") if name in given}
+    held = read_recipe(path)
+    for name, value in given.items():
+        if name not in held or held[name] != value:
+            had = f"has {held[name]!r}" if name in held else "does not take it"
+            raise InputError(
+                f"--{name.replace('_', '-')} {value!r} does not go with --resume {path}, whose run {had}; leave it out"
+            )
+    return resume(path, **free)
+
+
+def _absolute(spec: str) -> str:
+    """A run may go on from another folder than it began in."""
+    return spec if spec.startswith("hf:") else os.path.abspath(spec)

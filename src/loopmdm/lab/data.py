@@ -16,7 +16,9 @@ from .. import random
 from ..errors import InputError, nearest
 
 TOKENIZERS = ("char", "byte", "bpe")
+TOKENIZER_FILE = "tokenizer.json"
 MASK_SYMBOL = "▒"
+END_SYMBOL = "␃"
 
 
 def read_text(paths: Iterable[str | Path]) -> str:
@@ -41,15 +43,16 @@ def read_text(paths: Iterable[str | Path]) -> str:
     return "\n\n".join(parts)
 
 
-def build_tokenizer(kind: str, text: str, vocab_size: int = 4096) -> Tokenizer:
-    """A tokenizer for `text`; the mask is not in it, its id is the tokenizer's vocabulary size.
+def build_tokenizer(kind: str, text: str | Iterable[str], vocab_size: int = 4096) -> Tokenizer:
+    """A tokenizer for `text` (one or several); the mask is not in it, its id comes after the tokenizer's.
 
     Args:
         kind: "char" (one id a character of the text), "byte" (256 ids), or "bpe" (byte-level BPE trained
             on the text, at most `vocab_size` ids).
     """
+    texts = [text] if isinstance(text, str) else text
     if kind == "char":
-        symbols = sorted(set(text))
+        symbols = sorted(set().union(*texts))
         tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(symbols)}, unk_token=symbols[0]))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
@@ -67,8 +70,38 @@ def build_tokenizer(kind: str, text: str, vocab_size: int = 4096) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     if kind == "bpe":
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+        tokenizer.train_from_iterator((line for part in texts for line in part.splitlines(keepends=True)), trainer)
     return tokenizer
+
+
+def load_tokenizer(path: str | Path | Tokenizer) -> Tokenizer:
+    """A `tokenizer.json`, the one in a folder or a copy of the given one, truncation and padding switched off.
+
+    Raises:
+        InputError: nothing there, not a tokenizer, or ids with holes (the mask's id could then not follow them).
+    """
+    if isinstance(path, Tokenizer):
+        file, tokenizer = Path(TOKENIZER_FILE), Tokenizer.from_str(path.to_str())
+    else:
+        file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            kinds = ", ".join(TOKENIZERS)
+            raise InputError(f"there is no tokenizer {file}; give one of {kinds} or the path of a {TOKENIZER_FILE}")
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InputError(f"{file} is not a tokenizer ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    size, highest = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=-1)
+    if size != highest + 1:
+        raise InputError(f"{file} has {size} ids but its highest is {highest}; ids must be 0, 1, 2, ... without holes")
+    return tokenizer
+
+
+def spells_characters(tokenizer: Tokenizer) -> bool:
+    """Whether it is a "char" tokenizer: an id a character, and none for any other."""
+    return isinstance(tokenizer.model, models.WordLevel) and isinstance(tokenizer.decoder, decoders.Fuse)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -77,22 +110,22 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(f"the text is not UTF-8: it holds {text[error.start]!r} at position {error.start}") from None
-    if isinstance(tokenizer.model, models.WordLevel):
+    if spells_characters(tokenizer):
         known = tokenizer.get_vocab()
         strange = next((c for c in text if c not in known), None)
         if strange is not None:
             raise InputError(f"the character {strange!r} is not in this model's vocabulary of {len(known)} characters")
-    return tokenizer.encode(text).ids
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """Text of ids; masked positions show as a shaded box."""
+def decode(tokenizer: Tokenizer, ids: Iterable[int], eos_id: int | None = None) -> str:
+    """Text of ids; masked positions show as a shaded box, ends of documents (`eos_id`) as "␃"."""
     size, pieces, run = tokenizer.get_vocab_size(), [], []
     for token in ids:
         if token < size:
             run.append(token)
             continue
-        pieces += [tokenizer.decode(run), MASK_SYMBOL]
+        pieces += [tokenizer.decode(run), END_SYMBOL if token == eos_id else MASK_SYMBOL]
         run = []
     return "".join([*pieces, tokenizer.decode(run)])
 

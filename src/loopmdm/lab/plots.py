@@ -1,7 +1,10 @@
-"""The demo's pictures: quality against S and FLOPs, quality during training, Sudoku grids loop by loop."""
+"""Pictures: the demo's (quality against S, FLOPs and training, Sudoku grids) and what `loopmdm eval` measured."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from torch import Tensor
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
 from matplotlib.axes import Axes
+
+from .measured import HELD_OUT
 
 LOOPED, UNLOOPED, LIMIT = "#1f5fa8", "#c2571a", "#888888"
 
@@ -111,6 +116,123 @@ def grids(path: Path, puzzles: Tensor, answers: Tensor, filled: dict[int, Tensor
                     colour = "black" if clue[index] else LOOPED
                     axis.text(c + 0.5, r + 0.53, str(token + 1), ha="center", va="center", color=colour)
     _save(figure, path, "Unseen Sudoku, one denoising step, more and more loops")
+
+
+def evaluation(path: Path, report: dict[str, Any]) -> None:
+    """What is in a report of `loopmdm eval`: NELBO and paired gain by S, by t, against another model, samples."""
+    rows = report["rows"]
+    draw: list[Callable[[Axes], None]] = [lambda axis: _bound(axis, rows)]
+    if len(rows) > 1:
+        draw.append(lambda axis: _gain(axis, rows))
+    if "compare" in report:
+        draw.append(lambda axis: _against(axis, report["compare"]))
+    if "by_time" in report:
+        draw += [
+            lambda axis: _time(axis, report["by_time"], "nats"),
+            lambda axis: _time(axis, report["by_time"], "gain"),
+        ]
+    if "generated" in report:
+        kinds = ("perplexity", "entropy") if report["generated"]["scorer"] else ("entropy",)
+        draw += [partial(_samples, found=report["generated"], measure=kind) for kind in kinds]
+    columns = min(2, len(draw))
+    lines = -(-len(draw) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False)
+    for axis, one in zip(axes.flat, draw, strict=False):
+        one(axis)
+        axis.grid(alpha=0.25)
+    for axis in axes.flat[len(draw) :]:
+        axis.axis("off")
+    measured = report["measured_on"]
+    held_out = measured["files"][0].startswith(HELD_OUT)
+    names = [Path(name).name for name in measured["files"]]
+    where = "its held-out text" if held_out else ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    unseen = " (training text)" if measured["trained_on"] else ""
+    _save(figure, path, f"{report['model']['folder']} on {where}{unseen}; bars are standard errors")
+
+
+def _bound(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    loops = [r["loops"] for r in rows]
+    axis.errorbar(loops, [r["nats"] for r in rows], _bars(r["error"] for r in rows), fmt="o-", color=LOOPED, capsize=3)
+    _loop_axis(axis, loops)
+    axis.set_ylabel("likelihood bound (nats a token)")
+
+
+def _gain(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    flops = [r["flops_per_token"] / 1e6 for r in rows]
+    bars = _bars(r["gain_error"] for r in rows)
+    axis.errorbar(flops, [r["gain"] for r in rows], bars, fmt="o-", color=LOOPED, capsize=3)
+    for x, r in zip(flops, rows, strict=True):
+        axis.annotate(f"S = {r['loops']}", (x, r["gain"]), textcoords="offset points", xytext=(4, -12), fontsize=8)
+    axis.axhline(0, color=LIMIT, linewidth=0.8)
+    axis.margins(x=0.12, y=0.15)
+    axis.set_xlabel("forward FLOPs a token (MFLOP)")
+    axis.set_ylabel(f"gain over S = {rows[0]['loops']}, paired\n(nats a token)")
+
+
+def _against(axis: Axes, compare: dict[str, Any]) -> None:
+    rows = compare["rows"]
+    loops = [r["loops"] for r in rows]
+    bars = _bars(r["error"] for r in rows)
+    axis.errorbar(loops, [r["difference"] for r in rows], bars, fmt="o-", color=UNLOOPED, capsize=3)
+    axis.axhline(0, color=LIMIT, linewidth=0.8)
+    _loop_axis(axis, loops)
+    axis.set_ylabel(f"this model minus {Path(compare['folder']).name}, paired\n(nats a token; below 0 is better)")
+
+
+def _time(axis: Axes, found: dict[str, Any], measure: str) -> None:
+    edges, loops = found["edges"], found["loops"]
+    middle = [(a + b) / 2 for a, b in pairwise(edges)]
+    errors = found["error" if measure == "nats" else "gain_error"]
+    for i, S in enumerate(loops):
+        if measure == "gain" and i == 0:
+            continue
+        shade = 0.3 + 0.7 * (i + 1) / len(loops)
+        axis.errorbar(
+            middle,
+            [row[i] for row in found[measure]],
+            _bars(row[i] for row in errors),
+            fmt="o-",
+            markersize=4,
+            capsize=2,
+            color=LOOPED,
+            alpha=shade,
+            label=f"S = {S}",
+        )
+    axis.set_xlabel("t (share of tokens masked)")
+    axis.set_xlim(0, 1)
+    if measure == "gain":
+        axis.axhline(0, color=LIMIT, linewidth=0.8)
+    axis.set_ylabel(
+        "NELBO given t (nats a token)" if measure == "nats" else f"gain over S = {loops[0]}\n(nats a token)"
+    )
+    if len(loops) > (measure == "gain"):
+        axis.legend(frameon=False, fontsize=8)
+
+
+def _samples(axis: Axes, found: dict[str, Any], measure: str) -> None:
+    text, *rows = found["rows"]
+    loops = [r["loops"] for r in rows]
+    if measure == "perplexity":  # its error is relative: that of nats a token
+        bars = _bars(r["error"] if r["error"] is None else r["error"] * r["perplexity"] for r in rows)
+        axis.errorbar(loops, [r["perplexity"] for r in rows], bars, fmt="o-", color=LOOPED, capsize=3)
+    else:
+        bars = _bars(r["entropy_error"] for r in rows)
+        axis.errorbar(loops, [r["entropy"] for r in rows], bars, fmt="o-", color=LOOPED, capsize=3)
+    axis.axhline(text[measure], color=LIMIT, linestyle=":", label="the text itself")
+    _loop_axis(axis, loops)
+    axis.set_ylabel("generative perplexity" if measure == "perplexity" else "entropy of a sample's tokens (nats)")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _loop_axis(axis: Axes, loops: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(loops, [str(S) for S in loops])
+    axis.minorticks_off()
+    axis.set_xlabel("S, visits of the looped layers")
+
+
+def _bars(errors: Iterable[float | None]) -> list[float]:
+    return [0.0 if error is None else error for error in errors]
 
 
 def _save(figure: Any, path: Path, title: str) -> None:

@@ -1,231 +1,387 @@
-"""What `loopmdm train` and `loopmdm sample` do: train a LoopMDM on text files, and print text from it."""
+"""What `loopmdm train` does: train a LoopMDM on text, or go on with a run that was stopped or killed."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from ..config import ModelConfig, check_loops, preset
 from ..errors import InputError, nearest
-from ..model.checkpoint import CONFIG_FILE
 from ..model.lm import LoopMDM
-from ..sampling.engine import Generation, generate
-from .data import TOKENIZERS, TextData, build_tokenizer, decode, encode, read_text
-from .evaluate import BITS, estimate, nelbo_by_loops
-from .train import TOKENIZER_FILE, Progress, Recipe, RunFolder, accelerator_for, fit, micro_batch
+from .corpus import PACKINGS, Corpus
+from .data import TOKENIZERS
+from .feed import AnswerFeed, CorpusFeed, Feed
+from .monitor import Board, Monitor, bar
+from .prepare import META
+from .recipe import Recipe
+from .run import CHECKPOINTS, RunFolder, Stop, read_recipe
+from .sample import load
+from .state import Checkpoints, read
+from .train import Trainer, accelerator_for, micro_batch
 
-USED = 1e-3
-"""Loops whose NELBO is within this share of the first one's count as unused, however small the error is."""
-NEW_TOKENS = 128
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a text run is made of, beside its recipe.
+
+    Attributes:
+        data: text or .jsonl files (compressed or not), folders of them, hf:OWNER/NAME (`sources.expand`).
+        valid: text to validate on instead of a part of the data.
+        cache: where the tokenised text lies, to be shared by runs; None is `data/` in the run's folder.
+        tokenizer: "char", "byte", "bpe", or the path of a tokenizer.json.
+        vocab_size: ids of a bpe tokenizer, at most.
+        packing: "stream" windows read across the ends of documents; in "documents" attention stays within each (but
+            validation reads across them).
+        sft: fine-tune on answers: the data are JSON lines with a prompt, which is never masked, and an answer.
+        prompt_key: of such lines.
+        answer_key: of such lines.
+        preset: the model; its vocabulary comes from the tokenizer.
+        set: fields of the model's configuration.
+        init: a saved model to start from instead; the tokenizer is its own.
+        length: tokens a window.
+        eval_every: steps; None is a tenth of the run.
+        save_every: steps; None is as eval_every.
+        eval_loops: S of the evaluations; None is powers of two up to the model's S_max, or the recipe's S.
+        eval_windows: validation windows an evaluation, at most.
+        keep: checkpoints that stay.
+        tensorboard: also write events for TensorBoard, in `tensorboard/`.
+    """
+
+    data: Sequence[str] = ()
+    valid: Sequence[str] = ()
+    cache: str | None = None
+    tokenizer: str = "char"
+    vocab_size: int = 4096
+    packing: str = "stream"
+    sft: bool = False
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    preset: str = "tiny-llama"
+    set: Mapping[str, Any] = field(default_factory=dict)
+    init: str | None = None
+    length: int = 128
+    eval_every: int | None = None
+    save_every: int | None = None
+    eval_loops: Sequence[int] | None = None
+    eval_windows: int = 128
+    keep: int = 2
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("eval_every", "save_every", "eval_windows", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if not self.data:
+            raise InputError("no text file was given")
+        if self.packing not in PACKINGS:
+            raise InputError(f"packing is {self.packing!r}{nearest(self.packing, PACKINGS)}")
+        if self.tokenizer not in TOKENIZERS and not Path(self.tokenizer).exists():
+            raise InputError(
+                f"unknown tokenizer {self.tokenizer!r}, which is no file either{nearest(self.tokenizer, TOKENIZERS)}"
+            )
+        if self.sft and (self.valid or self.cache or self.packing != "stream"):
+            raise InputError("sft holds its answers in memory, one a sequence; leave out valid, cache and packing")
+        if self.init is not None and self.set:
+            raise InputError("init brings the model's configuration; leave out set and preset")
+        if self.init is None:
+            preset(self.preset, **self.set)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished or interrupted run: its folder's `model/`, and the steps done of those asked for."""
+    """A finished or interrupted run: its folder's `model/`, the steps done of those asked for, and the signal that
+    ended it, if one did."""
 
     model: Path
     step: int
     steps: int
+    signal: int | None = None
 
 
-def train(
-    data: Sequence[str | Path],
-    out: str | Path,
-    recipe: Recipe,
-    *,
-    tokenizer: str = "char",
-    vocab_size: int = 4096,
-    preset_name: str = "tiny-llama",
-    overrides: Mapping[str, Any] | None = None,
-    length: int = 128,
-    eval_every: int | None = None,
-    save_every: int | None = None,
-    eval_loops: Sequence[int] | None = None,
-    eval_windows: int = 128,
-    console: Console | None = None,
-) -> Trained:
-    """Train on text files and leave `metrics.jsonl`, `timing.jsonl`, `recipe.json` and `model/` in a new folder.
+def train(out: str | Path, recipe: Recipe, settings: Settings, *, console: Console | None = None) -> Trained:
+    """Train on text and leave metrics.jsonl, timing.jsonl, recipe.json, model/ and checkpoints/ in a new folder.
 
-    Everything that can be checked is checked before the folder is made. Under a launcher only the main process
-    evaluates, prints and writes. Ctrl-C saves what was learnt. A run whose loss stops being finite keeps its last
-    checkpoint.
-
-    Args:
-        tokenizer, vocab_size: "char", "byte" or "bpe" (of at most that many ids).
-        preset_name, overrides: the model; its vocabulary is the tokenizer's and the mask.
-        length: tokens a window.
-        eval_every, save_every: steps; None is a tenth of the run, and as often as evaluations.
-        eval_loops: S of the evaluations; None is powers of two up to the model's S_max, or the recipe's S.
-        eval_windows: validation windows an evaluation, at most.
+    Under a launcher only the main process evaluates, prints and writes. SIGTERM and Ctrl-C let the step in progress
+    end and save everything; `resume` goes on from there.
 
     Raises:
-        InputError: whatever is wrong with the arguments, the files or the folder; a loss that is not finite.
+        InputError: whatever is wrong with the arguments, the files or the folder (which is then not made); a loss
+            that is not finite, several steps in a row; a disk that cannot be written. The last two leave the last
+            checkpoint.
     """
-    overrides = dict(overrides or {})
-    preset(preset_name, **overrides)
-    if tokenizer not in TOKENIZERS:
-        raise InputError(f"unknown tokenizer {tokenizer!r}{nearest(tokenizer, TOKENIZERS)}")
-    eval_every = max(1, recipe.steps // 10) if eval_every is None else eval_every
-    save_every = eval_every if save_every is None else save_every
-    for name, value in (("eval_every", eval_every), ("save_every", save_every), ("eval_windows", eval_windows)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
     RunFolder.check(out)
-
-    text = read_text(data)
-    corpus = TextData.from_text(text, build_tokenizer(tokenizer, text, vocab_size), length)
-    config = _configuration(preset_name, overrides, corpus)
-    loops = _eval_loops(eval_loops, recipe, config)
-    engine = accelerator_for(recipe, config)
+    start = load(settings.init)[0].config if settings.init is not None else preset(settings.preset, **settings.set)
+    engine = accelerator_for(recipe, start)
     micro_batch(recipe, engine.num_processes)
-    torch.manual_seed(recipe.seed)
-    model = LoopMDM(config)
-
     engine.wait_for_everyone()  # every process has seen that the folder is free
-    console = console or Console(highlight=False, markup=False, soft_wrap=True)
-    console.quiet = not engine.is_main_process
-    facts = {
-        "preset": preset_name,
-        "set": overrides,
-        "tokenizer": tokenizer,
-        "unigram_bits": corpus.unigram_bits,
-        "length": length,
-        "eval_loops": loops,
-    }
-    settings = {**dataclasses.asdict(recipe), "data": [str(f) for f in data], **facts}
-    folder = RunFolder(out, settings) if engine.is_main_process else None
-    _announce(console, corpus, model, recipe)
-    windows = corpus.valid_windows(eval_windows)
-    watch = _Watch(folder, corpus, recipe, loops, windows, eval_every, save_every, console, _hint(config))
-    with _bar(console, recipe.steps) as watch.advance:
-        try:
-            made = fit(
-                model,
-                lambda step, index: corpus.batch(recipe.seed, step, index),
-                recipe,
-                on_step=watch,
-                accelerator=engine,
-            )
-        except InputError as error:
-            kept = f"; the checkpoint of step {watch.saved} is in {folder.path}" if folder and watch.saved else ""
-            raise InputError(f"{error}{kept}") from None
+    held = _recorded(recipe, settings)
+    folder = RunFolder(out, held) if engine.is_main_process else None
+    try:
+        run = _Run(Path(out), folder, recipe, settings, engine, console)
+    except InputError:
+        if folder is not None:
+            folder.discard()
+        raise
     if folder is not None:
-        folder.save(made, corpus.tokenizer)
-        watch.conclude()
-    return Trained(Path(out) / "model", watch.step, recipe.steps)
+        folder.write_recipe(held | run.facts())
+    with run:
+        return run.go(None, [])
 
 
-class _Watch:
-    """What happens after a step: progress, evaluation, checkpoint. Its own time is kept out of timing.jsonl."""
+def resume(
+    path: str | Path, *, steps: int | None = None, keep: int | None = None, console: Console | None = None
+) -> Trained:
+    """Go on with a run from its newest checkpoint that reads, exactly as it would have gone on by itself.
+
+    Exactly: on the same number of processes and threads. What the logs say of later steps is cut off first.
+
+    Args:
+        path: the run's folder.
+        steps: a new last step, where the recipe does not depend on it.
+        keep: checkpoints that stay, from now on.
+
+    Raises:
+        InputError: no run there, another process in it, no checkpoint that reads, other data than before, and what
+            `train` raises.
+    """
+    path, held = Path(path), read_recipe(Path(path))
+    recipe, settings = _read(path, held)
+    if steps is not None and steps != recipe.steps:
+        if recipe.decay != "constant" or recipe.t_ramp:
+            raise InputError(
+                f"steps cannot become {steps}: this run's learning rate or noise follows its {recipe.steps} steps; "
+                "only with decay=constant and t_ramp=0 can a run be made longer"
+            )
+        if steps < recipe.steps:
+            raise InputError(f"steps cannot become {steps}, fewer than the {recipe.steps} of this run")
+        recipe = dataclasses.replace(recipe, steps=steps)
+    if keep is not None:
+        settings = dataclasses.replace(settings, keep=keep)
+    config = ModelConfig.from_dict(held["config"]) if "config" in held else None
+    start = config or preset(settings.preset, **settings.set)
+    engine = accelerator_for(recipe, start)
+    folder = RunFolder.reopen(path) if engine.is_main_process else None
+    state, notes = _newest(path, folder, settings.keep, engine)
+    with _Run(path, folder, recipe, settings, engine, console) as run:
+        if held.get("data_sha256", run.feed.sha256) != run.feed.sha256:
+            raise InputError(f"{path} cannot go on: its data are not what they were when it began")
+        if folder is not None:
+            folder.write_recipe(held | _recorded(recipe, settings) | run.facts())
+        return run.go(state, notes)
+
+
+class _Run:
+    """A text run about to go: data, model, trainer and monitor. A context manager that frees the folder."""
 
     def __init__(
         self,
+        path: Path,
         folder: RunFolder | None,
-        corpus: TextData,
         recipe: Recipe,
-        loops: Sequence[int],
-        windows: Tensor,
-        eval_every: int,
-        save_every: int,
-        console: Console,
-        hint: str,
+        settings: Settings,
+        engine: Accelerator,
+        console: Console | None,
     ) -> None:
-        self.folder, self.corpus, self.recipe, self.loops, self.windows = folder, corpus, recipe, loops, windows
-        self.eval_every, self.save_every, self.console = eval_every, save_every, console
-        self.advance: Callable[[Progress, float], None] = lambda progress, bits: None
-        self.bits_per_nat = BITS / corpus.characters_per_token
-        self.step, self.saved, self.evaluated, self.watching = 0, 0, 0, 0.0
-        self.recent: list[float] = []
-        self.latest = torch.zeros(0)
-        self.hint = hint
+        self.path, self.folder, self.recipe, self.settings, self.engine = path, folder, recipe, settings, engine
+        self.console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self.console.quiet = not engine.is_main_process
+        made, tokenizer = load(settings.init) if settings.init is not None else (None, None)
+        self.feed = _open_feed(path, recipe, settings, engine, tokenizer, self.console.print)
+        torch.manual_seed(recipe.seed)
+        self.model = LoopMDM(_configuration(settings, self.feed)) if made is None else made
+        self.config = self.model.config
+        _fits(self.feed, self.config)
+        self.loops = _eval_loops(settings.eval_loops, recipe, self.config)
+        self.eval_every = settings.eval_every or max(1, recipe.steps // 10)
+        self.save_every = settings.save_every or self.eval_every
+        self.trainer = Trainer(self.model, recipe, accelerator=engine, length=settings.length)
 
-    def __call__(self, progress: Progress) -> None:
-        self.step = progress.step
-        self.recent.append(progress.nelbo * self.bits_per_nat)
-        self.advance(progress, self.recent[-1])
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder is not None:
+            self.folder.close()
+
+    def facts(self) -> dict[str, Any]:
+        """What recipe.json holds beside what was asked for; a resumed run takes the first three from it."""
+        return {
+            "eval_every": self.eval_every,
+            "save_every": self.save_every,
+            "eval_loops": self.loops,
+            "unigram_bits": self.feed.unigram_bits,
+            "data_sha256": self.feed.sha256,
+            "config": self.config.to_dict(),
+        }
+
+    def go(self, state: Mapping[str, Any] | None, notes: list[str]) -> Trained:
+        """Train from the state, or from the start."""
+        folder, recipe, say = self.folder, self.recipe, self.console.print
+        _announce(say, self.feed, self.model, recipe)
+        if state is not None:
+            notes = notes + self.trainer.load_state_dict(state)
+        monitor = self._monitor()
+        if state is not None:
+            notes += monitor.restore(state)
+            say(f"Going on from step {self.trainer.step}.")
+        for note in notes:
+            say(f"Note: {note}.")
+        with Stop(say) as stop, bar(self.console, self.trainer.step, recipe.steps, self.feed.unit) as monitor.advance:
+            try:
+                self.trainer.run(self.feed.batch, monitor, stop)
+                if folder is not None and monitor.saved != self.trainer.step:  # it had been finished before
+                    folder.save(self.trainer.average, self.feed.tokenizer)
+            except InputError as error:
+                raise InputError(f"{error}{self._kept()}") from None
+            except OSError as error:
+                what = f"writing to {self.path} failed at step {monitor.step} ({error.strerror or error})"
+                raise InputError(f"{what}{self._kept()}") from error
+            except KeyboardInterrupt:
+                say(f"Stopped at once in step {monitor.step + 1}{self._kept()}")
+                raise
+        stopped = self.trainer.step < recipe.steps
+        if folder is not None:
+            monitor.conclude(_hint(self.config), stopped)
+        by = (stop.signal or signal.SIGTERM) if stopped else None  # another process may have been told to stop
+        return Trained(self.path / "model", self.trainer.step, recipe.steps, by)
+
+    def _monitor(self) -> Monitor:
+        return Monitor(
+            self.trainer,
+            self.folder,
+            feed=self.feed,
+            loops=self.loops,
+            eval_every=self.eval_every,
+            save_every=self.save_every,
+            keep=self.settings.keep,
+            board=self._board(),
+            say=self.console.print,
+        )
+
+    def _board(self) -> Board | None:
+        if self.folder is None or not self.settings.tensorboard:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        # what an earlier process wrote of steps that will come again is not shown
+        purge = self.trainer.step + 1 if self.trainer.step else None
+        return SummaryWriter(str(self.path / "tensorboard"), purge_step=purge)
+
+    def _kept(self) -> str:
         if self.folder is None:
-            return
-        started, last = time.perf_counter(), progress.step == progress.steps
-        if last or progress.step % self.eval_every == 0:
-            self.evaluate(self.folder, progress)
-        if last or progress.step % self.save_every == 0:
-            self.folder.save(progress.average, self.corpus.tokenizer)
-            self.saved = progress.step
-        self.watching += time.perf_counter() - started
+            return ""
+        steps = self.folder.checkpoints().steps()
+        if not steps:
+            return "; no checkpoint had been saved yet"
+        return f"; the checkpoint of step {steps[-1]} is in {self.path}: loopmdm train --resume {self.path}"
 
-    def evaluate(self, folder: RunFolder, progress: Progress) -> None:
-        values = nelbo_by_loops(progress.average, self.windows, self.loops, seed=self.recipe.seed)
-        self.latest, self.evaluated = values / self.corpus.characters_per_token, progress.step
-        estimates = [estimate(v) for v in self.latest]
-        trained = sum(self.recent) / len(self.recent)
-        self.recent = []
-        folder.log(
-            step=progress.step,
-            flops=progress.flops,
-            learning_rate=progress.learning_rate,
-            train_bits=trained,
-            valid_bits={str(S): e.mean for S, e in zip(self.loops, estimates, strict=True)},
-            # one window has no standard error, and JSON no infinity
-            valid_error={
-                str(S): e.error if math.isfinite(e.error) else None for S, e in zip(self.loops, estimates, strict=True)
-            },
+
+def _recorded(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    return {**dataclasses.asdict(recipe), **dataclasses.asdict(settings)}
+
+
+def _read(path: Path, held: Mapping[str, Any]) -> tuple[Recipe, Settings]:
+    """The recipe and settings of a run's recipe.json."""
+
+    def of(kind: Any) -> Any:
+        return kind(**{f.name: held[f.name] for f in dataclasses.fields(kind) if f.name in held})
+
+    try:
+        return of(Recipe), of(Settings)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path} cannot go on: its recipe.json is not that of a text run ({error})") from None
+
+
+def _newest(
+    path: Path, folder: RunFolder | None, keep: int, engine: Accelerator
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The state that all processes go on from, and what to say about it; the main process chooses."""
+    from accelerate.utils import broadcast_object_list
+
+    checkpoints = Checkpoints(path / CHECKPOINTS, keep)
+    state: dict[str, Any] | None = None
+    notes: list[str] = []
+    if folder is not None:
+        state, notes = checkpoints.newest()
+        if state is None:
+            folder.truncate({})
+            notes.append("there is no checkpoint yet, so the run starts from its beginning")
+    chosen = [state["step"] if state is not None else None]
+    if engine.num_processes > 1:
+        broadcast_object_list(chosen)
+        if folder is None and chosen[0] is not None:
+            state = read(checkpoints.path(chosen[0]))
+    return state, notes
+
+
+def _open_feed(
+    path: Path, recipe: Recipe, settings: Settings, engine: Accelerator, tokenizer: Tokenizer | None, say: Say
+) -> Feed:
+    """The run's data, in the ids of `tokenizer` if it is given; the main process builds a corpus if there is none."""
+    chosen = settings.tokenizer if tokenizer is None else tokenizer
+    if settings.sft:
+        return AnswerFeed(
+            settings.data,
+            chosen,
+            settings.vocab_size,
+            recipe.seed,
+            recipe.batch_size,
+            settings.length,
+            settings.eval_windows,
+            settings.prompt_key,
+            settings.answer_key,
+            say,
         )
-        tokens, seconds = progress.step * self.recipe.batch_size * self.corpus.length, progress.seconds - self.watching
-        folder.clock(step=progress.step, seconds=seconds, tokens_per_second=tokens / seconds)
-        measured = "  ".join(
-            f"S = {S}: {e.mean:.3f} ± {e.error:.3f}" for S, e in zip(self.loops, estimates, strict=True)
+    place = Path(settings.cache) if settings.cache is not None else path / "data"
+    if engine.is_main_process and not (settings.cache is None and (place / META).exists()):
+        Corpus.build(
+            settings.data,
+            place,
+            chosen,
+            vocab_size=settings.vocab_size,
+            valid_sources=settings.valid,
+            progress=lambda line: say(f"Data: {line}"),
         )
-        self.console.print(
-            f"step {progress.step:>{len(str(progress.steps))}}  {progress.flops:.2e} FLOPs  train {trained:.3f}  "
-            f"validation {measured}  bits a character (unigram {self.corpus.unigram_bits:.3f})"
-        )
-
-    def conclude(self) -> None:
-        """Say what was made, and warn when the loops do nothing."""
-        folder, say = self.folder, self.console.print
-        assert folder is not None
-        say("")
-        if self.step < self.recipe.steps:
-            say(f"Stopped after step {self.step} of {self.recipe.steps}; what was learnt so far is saved.")
-        if self.evaluated and self.loops[-1] > self.loops[0]:
-            gain = estimate(self.latest[0] - self.latest[-1])
-            if gain.mean <= max(2 * gain.error, USED * float(self.latest[0].mean())):
-                say(
-                    f"Warning: looping is not being used: at step {self.evaluated}, S = {self.loops[-1]} gains "
-                    f"{gain.mean:.4f} ± {gain.error:.4f} bits a character over S = {self.loops[0]}. Train longer"
-                    f"{self.hint}."
-                )
-        weights = "weight average" if self.recipe.ema else "weights"
-        say(f"In {folder.path}: model/ (the {weights} and the tokenizer), metrics.jsonl, timing.jsonl, recipe.json")
-        say(f"Sample from it: loopmdm sample {folder.path}")
+    engine.wait_for_everyone()
+    corpus = Corpus.open(place)
+    return CorpusFeed(corpus, recipe.seed, recipe.batch_size, settings.length, settings.packing, settings.eval_windows)
 
 
-def _configuration(name: str, overrides: Mapping[str, Any], corpus: TextData) -> ModelConfig:
-    fixed = {"vocab_size": corpus.mask_id + 1, "mask_token_id": corpus.mask_id}
+def _configuration(settings: Settings, feed: Feed) -> ModelConfig:
+    fixed = {"vocab_size": feed.vocab_size, "mask_token_id": feed.mask_id}
     for key, value in fixed.items():
-        if overrides.get(key, value) != value:
-            raise InputError(f"{key} comes from the tokenizer, which makes it {value}; {overrides[key]!r} does not fit")
-    config = preset(name, **{**overrides, **fixed})
-    if corpus.length > config.max_position_embeddings:
+        if settings.set.get(key, value) != value:
+            asked = settings.set[key]
+            raise InputError(f"{key} comes from the tokenizer, which makes it {value}; {asked!r} does not fit")
+    return preset(settings.preset, **{**settings.set, **fixed})
+
+
+def _fits(feed: Feed, config: ModelConfig) -> None:
+    longest = config.max_position_embeddings
+    if feed.length > longest:
         raise InputError(
-            f"length is {corpus.length}, more than the model's max_position_embeddings = "
-            f"{config.max_position_embeddings}; shorten it or set max_position_embeddings={corpus.length}"
+            f"length is {feed.length}, more than the model's max_position_embeddings = {longest}; shorten it or set "
+            f"max_position_embeddings={feed.length}"
         )
-    return config
+    if (config.vocab_size, config.mask_token_id) != (feed.vocab_size, feed.mask_id):
+        raise InputError(
+            f"the data take {feed.vocab_size} ids, the last of them the mask; the model has {config.vocab_size} and "
+            f"mask {config.mask_token_id}"
+        )
 
 
 def _hint(config: ModelConfig) -> str:
@@ -246,113 +402,13 @@ def _eval_loops(wanted: Sequence[int] | None, recipe: Recipe, config: ModelConfi
     return [2**i for i in range(top.bit_length()) if 2**i < top] + [top]
 
 
-def _announce(console: Console, corpus: TextData, model: LoopMDM, recipe: Recipe) -> None:
+def _announce(say: Say, feed: Feed, model: LoopMDM, recipe: Recipe) -> None:
     config, loop = model.config, model.config.loop
     coda = config.num_hidden_layers - loop.start - loop.length
     seen = f"S = {recipe.loops}" if recipe.loops is not None else f"S drawn from 1..{loop.max_loops}"
-    console.print(
-        f"Text: {len(corpus.train):,} training and {len(corpus.valid):,} validation tokens of {config.vocab_size - 1} "
-        f"kinds, {corpus.characters_per_token:.2f} characters a token; character frequencies alone cost "
-        f"{corpus.unigram_bits:.3f} bits a character."
-    )
-    console.print(
+    say(feed.summary)
+    say(
         f"Model: {sum(p.numel() for p in model.parameters()):,} parameters, {loop.start} prelude + {loop.length} "
         f"looped + {coda} coda layers, {loop.boundary} boundary, {seen}."
     )
-    console.print(f"Training: {recipe.steps} steps of {recipe.batch_size} windows of {corpus.length} tokens.")
-
-
-@contextmanager
-def _bar(console: Console, steps: int) -> Iterator[Callable[[Progress, float], None]]:
-    """A progress bar on a terminal; elsewhere the evaluations' lines are the progress."""
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    state = TextColumn("S = {task.fields[loops]:<2} {task.fields[bits]:.3f} bits a character", markup=False)
-    with Bar(*columns, state, console=console, transient=True, disable=not console.is_terminal or console.quiet) as bar:
-        task = bar.add_task("", total=steps, loops=0, bits=math.nan)
-
-        def advance(progress: Progress, bits: float) -> None:
-            bar.update(task, completed=progress.step, loops=progress.result.num_loops, bits=bits)
-
-        yield advance
-
-
-def load(folder: str | Path) -> tuple[LoopMDM, Tokenizer]:
-    """Model and tokenizer from a run's folder or from the `model/` in it.
-
-    Raises:
-        InputError: no checkpoint there, a damaged or foreign one, or a tokenizer that does not fit the model.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise InputError(f"there is no folder {path}; give one that `loopmdm train` made")
-    if not (path / CONFIG_FILE).exists() and (path / "model" / CONFIG_FILE).exists():
-        path = path / "model"
-    model = LoopMDM.from_pretrained(path)
-    file = path / TOKENIZER_FILE
-    if not file.is_file():
-        raise InputError(
-            f"{path} has no {TOKENIZER_FILE}; sampling text needs the tokenizer that the model learnt with"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise InputError(f"{file} is not a tokenizer ({error})") from None
-    size = tokenizer.get_vocab_size()
-    if (model.vocab_size, model.mask_id) != (size + 1, size):
-        raise InputError(
-            f"the tokenizer has {size} ids, the model {model.vocab_size} of which {model.mask_id} is the mask; "
-            f"they do not belong together (expected {size + 1} and {size})"
-        )
-    return model, tokenizer
-
-
-def sample(
-    folder: str | Path,
-    prompt: str = "",
-    *,
-    max_new_tokens: int | None = None,
-    num_samples: int = 1,
-    steps: int = 64,
-    num_loops: int | None = None,
-    policy: str = "ancestral",
-    temperature: float | None = None,
-    seed: int = 0,
-) -> tuple[list[str], Generation]:
-    """Texts that start with the prompt, and how they came about; sample i is drawn with seed + i.
-
-    Args:
-        max_new_tokens: None is 128, or as many as the model's length leaves room for.
-        The rest: see `loopmdm.generate`.
-
-    Raises:
-        InputError: as `load`, a prompt that the tokenizer cannot spell or that is too long, or a bad option.
-    """
-    if num_samples < 1:
-        raise InputError(f"num_samples is {num_samples}; it must be at least 1")
-    if temperature is not None and not math.isfinite(temperature):
-        raise InputError(f"temperature is {temperature}; it must be a finite number of at least 0")
-    model, tokenizer = load(folder)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    ids = encode(tokenizer, prompt)
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(NEW_TOKENS, model.config.max_position_embeddings - len(ids)))
-    made = generate(
-        model,
-        [ids] * num_samples,
-        max_new_tokens=max_new_tokens,
-        steps=steps,
-        num_loops=num_loops,
-        policy=policy,
-        temperature=temperature,
-        seed=seed,
-    )
-    return [decode(tokenizer, row) for row in made.sequences()], made
-
-
-def printable(text: str) -> str:
-    """Text in which control characters, but for newline and tab, are spelt out: safe for a terminal.
-
-    Zero-width joiners stay, since scripts and emoji need them.
-    """
-    keep = "\n\t\u200c\u200d"
-    return "".join(c if c in keep or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else repr(c)[1:-1] for c in text)
+    say(f"Training: {recipe.steps} steps of {recipe.batch_size} sequences of {feed.length} tokens.")

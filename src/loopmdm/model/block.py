@@ -24,11 +24,26 @@ class Context(NamedTuple):
         rope: (cos, sin), each [T, head_dim/2] or [B, T, head_dim/2] in fp32; None without rotary positions.
         mask: bool, broadcastable to [B, 1, T, T], True where a query may look at a key; None is everywhere.
         cond: [1, C] (constant) or [B, C] (per sequence); None without modulation.
+        positions: bool [B, T] that an exit rule looks at (`model.depth`); None is all. The layers do not read it.
     """
 
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     cond: Tensor | None = None
+    positions: Tensor | None = None
+
+    def take(self, rows: Tensor) -> Context:
+        """The context of some of the sequences, rows int64 [N]; what all of them share stays as it is."""
+
+        def pick(part: Tensor, dims: int) -> Tensor:
+            return part[rows] if part.dim() == dims and part.shape[0] > 1 else part
+
+        return Context(
+            rope=self.rope and (pick(self.rope[0], 3), pick(self.rope[1], 3)),
+            mask=None if self.mask is None else pick(self.mask, 4),
+            cond=None if self.cond is None else pick(self.cond, 2),
+            positions=None if self.positions is None else pick(self.positions, 2),
+        )
 
 
 class Norm(nn.Module):

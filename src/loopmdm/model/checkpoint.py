@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Self
 
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -40,30 +41,42 @@ class Checkpoint(
     ) -> str | None:
         """Write config.json, model.safetensors and a model card into a folder, and push them to the Hub if asked.
 
-        Each file appears whole or not at all, the weights before the configuration: a save that fails before the first
-        of them leaves a former checkpoint as it was.
+        The replacement of model.safetensors is what makes a save count: a save that fails or is killed before it leaves
+        the former checkpoint, one after it the new one, also where the two configurations differ.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
         """
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         card = {k: kwargs.pop(k) for k in ("model_card_kwargs",) if k in kwargs}
-        # The mixin deletes config.json before it writes anything, so it works in a folder of its own.
         with TemporaryDirectory(dir=target, prefix=".save-") as staging:
-            super().save_pretrained(staging, **card)
+            self._write(Path(staging), target / CONFIG_FILE)
+            if not (target / CARD_FILE).exists():
+                self.generate_model_card(**card.get("model_card_kwargs") or {}).save(Path(staging, CARD_FILE))
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 with open(Path(staging, name), "rb+") as file:
                     os.fsync(file.fileno())  # on the disk before it replaces anything
-                os.replace(Path(staging, name), target / name)
-            if not (target / CARD_FILE).exists():
-                os.replace(Path(staging, CARD_FILE), target / CARD_FILE)
+            for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
+                if Path(staging, name).exists():
+                    os.replace(Path(staging, name), target / name)
+        sync_folder(target)
         return self.push_to_hub(repo_id or target.resolve().name, **card, **kwargs) if push_to_hub else None
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def _write(self, folder: Path, former: Path) -> None:
+        """The two files; the weights also name the configuration that they came with and the one that they replace."""
+        text = json.dumps({"model_type": MODEL_TYPE, **self.config.to_dict()}, indent=2) + "\n"
+        metadata = {"format": "pt"}
+        if former.is_file() and former.read_bytes() != text.encode():
+            metadata |= {"config": text, "replaces": hashlib.sha256(former.read_bytes()).hexdigest()}
         state = {k: v.contiguous() for k, v in self.state_dict().items()}
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
-        save_file(state, save_directory / WEIGHTS_FILE, {"format": "pt"})
-        config = {"model_type": MODEL_TYPE, **self.config.to_dict()}
-        (save_directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        try:
+            save_file(state, folder / WEIGHTS_FILE, metadata)
+        except SafetensorError as error:  # the library's name for a full disk, too
+            raise OSError(f"cannot write {WEIGHTS_FILE}: {error}") from error
+        (folder / CONFIG_FILE).write_text(text)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -111,8 +124,9 @@ class Checkpoint(
                 ) from error
             return Path(found)
 
-        model = cls(read_config(locate(CONFIG_FILE)))
-        load_weights(model, locate(WEIGHTS_FILE), map_location)
+        config, weights = locate(CONFIG_FILE), locate(WEIGHTS_FILE)
+        model = cls(_unfinished(config, weights) or read_config(config))
+        load_weights(model, weights, map_location)
         return model.to(map_location).eval()
 
 
@@ -125,6 +139,30 @@ def read_config(path: Path) -> ModelConfig:
     if not isinstance(data, dict) or data.pop("model_type", None) != MODEL_TYPE:
         raise InputError(f"{path} is not a LoopMDM configuration (its model_type is not {MODEL_TYPE!r})")
     return ModelConfig.from_dict(data)
+
+
+def _unfinished(config: Path, weights: Path) -> ModelConfig | None:
+    """The configuration that weights brought along, if config.json is still the one that they were to replace."""
+    try:
+        with safe_open(weights, "pt") as file:
+            metadata = file.metadata() or {}
+        former = hashlib.sha256(config.read_bytes()).hexdigest()
+    except (SafetensorError, OSError):
+        return None  # reading them in earnest says what is wrong
+    if metadata.get("replaces") != former:
+        return None
+    brought = json.loads(metadata["config"])
+    del brought["model_type"]
+    return ModelConfig.from_dict(brought)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_weights(model: Checkpoint, path: Path, device: str = "cpu") -> None:

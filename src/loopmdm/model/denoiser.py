@@ -26,6 +26,7 @@ class Denoiser(Protocol):
         suppressed_ids: ids never predicted (the mask among them).
         logit_shift: 0 if the token at i is read at i; 1 if it is read at i - 1 (Dream).
         max_loops: the S that training saw at most, used when none is given; 1 for an unlooped model.
+        takes_depth: optional. True where `hidden` also takes an S a sequence or a `model.depth.Depth`.
     """
 
     mask_id: int
@@ -43,15 +44,18 @@ class Denoiser(Protocol):
         num_loops: int | None = None,
         sigma: Tensor | None = None,
     ) -> Tensor:
-        """ids [B, T] -> the head's input [B, T, D], after the final norm."""
+        """ids [B, T] -> the head's input [B, T, D], after the final norm.
+
+        num_loops is S, None for `max_loops`; with `takes_depth` also integers [B] or a `Depth`.
+        """
         ...
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """(weight [V, D], bias [V] or None)."""
         ...
 
-    def forward_flops(self, length: int, num_loops: int) -> float:
-        """FLOPs of one forward pass of one sequence of `length` tokens, head included."""
+    def forward_flops(self, length: int, num_loops: float) -> float:
+        """FLOPs of one forward pass of one sequence of `length` tokens, head included; S may be a mean."""
         ...
 
 

@@ -11,6 +11,7 @@ projection is a convention, the same on both sides of a comparison:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ..config import ModelConfig, check_loops
@@ -46,24 +47,54 @@ def token_flops(
     vocab_size: int | None = None,
 ) -> float:
     """Forward FLOPs a token at S = num_loops (a mean loop count may be fractional)."""
-    depth = config.num_hidden_layers + (num_loops - 1) * config.loop.length
+    depth = config.num_hidden_layers + (num_loops - 1) * config.loop.num_layers
     return depth * layer_flops(config, length) + head_flops(config, convention, vocab_size)
 
 
-def forward_flops(config: ModelConfig, length: int, num_loops: int | None = None, convention: str = "head") -> float:
-    """FLOPs of one forward pass of one sequence of `length` tokens."""
-    loops = check_loops(config.loop.max_loops if num_loops is None else num_loops)
+def forward_flops(config: ModelConfig, length: int, num_loops: float | None = None, convention: str = "head") -> float:
+    """FLOPs of one forward pass of one sequence of `length` tokens.
+
+    num_loops may be a mean: F is linear in S, so sequences of different S cost what their mean S does.
+    """
+    loops = config.loop.max_loops if num_loops is None else num_loops
+    if isinstance(loops, bool) or not isinstance(loops, (int, float)) or not 1 <= loops < math.inf:
+        raise InputError(f"num_loops is {loops!r}; it must be a finite number, and every visit is made at least once")
     return length * token_flops(config, length, loops, convention)
 
 
 def training_flops(
-    config: ModelConfig, length: int, num_loops: float, convention: str = "head", grad_loops: int | None = None
+    config: ModelConfig,
+    length: int,
+    num_loops: float,
+    convention: str = "head",
+    grad_loops: int | None = None,
+    recompute: bool = False,
+    every: bool = False,
 ) -> float:
-    """FLOPs of one sequence's training step: forward plus twice that backward, F(S) + 2 F(min(S, grad_loops))."""
+    """FLOPs of one sequence's training step.
+
+    Forward plus twice that backward, F(S) + 2 F(min(S, grad_loops)): as if all layers before the looped block had a
+    gradient, which with truncated backprop and the plain boundary they have not.
+
+    Args:
+        num_loops: S; a mean where neither `grad_loops` nor `every` makes the cost other than linear in it.
+        grad_loops: visits that have a gradient (`Depth.backprop_loops`).
+        recompute: these visits are computed once more in the backward pass (`Depth.checkpoint`).
+        every: coda and head are applied after each visit (`Depth.every`).
+    """
     back = num_loops if grad_loops is None else min(num_loops, grad_loops)
-    return length * (
-        token_flops(config, length, num_loops, convention) + 2 * token_flops(config, length, back, convention)
-    )
+    per_layer, head = layer_flops(config, length), head_flops(config, convention)
+    further = config.loop.num_layers - config.loop.length
+    # Read after visit k < S, the coda makes k visits of its further looped blocks.
+    coda = config.num_hidden_layers - config.loop.start - config.loop.length
+    again = (num_loops - 1) * (coda * per_layer + head) + further * per_layer * (num_loops - 1) * (num_loops - 2) / 2
+    total = token_flops(config, length, num_loops, convention) + 2 * token_flops(config, length, back, convention)
+    if every:
+        total += 3 * again
+    if recompute:
+        visits = config.loop.length * back + further * (num_loops * (num_loops + 1) / 2 if every else num_loops)
+        total += visits * per_layer
+    return length * total
 
 
 def uniform_loops(max_loops: int) -> dict[int, float]:

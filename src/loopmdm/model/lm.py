@@ -8,19 +8,20 @@ logits = head(coda(h))               layers [a+n, L)
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig, check_loops, preset
+from ..config import ModelConfig, preset
 from ..errors import InputError
 from .block import Block, Context, Norm, modulate, rope_table
 from .checkpoint import Checkpoint
 from .denoiser import suppress
+from .depth import Depth, check_over, planned
 from .flops import forward_flops
-from .loop import LoopedBlock
+from .loop import Anchored, Boundary, LoopedBlock
 
 
 class Output:
@@ -28,11 +29,11 @@ class Output:
 
     Attributes:
         hidden: [B, T, D], after the final norm (the head's input).
-        loops: S of this pass.
+        loops: S of this pass; int64 [B], the visits of each sequence, where they may differ (an S a sequence, an exit).
         logits: [B, T, V] in fp32, computed when first read; suppressed ids (the mask) are -inf.
     """
 
-    def __init__(self, hidden: Tensor, loops: int, model: LoopMDM) -> None:
+    def __init__(self, hidden: Tensor, loops: int | Tensor, model: LoopMDM) -> None:
         self.hidden, self.loops = hidden, loops
         self._model = model
         self._logits: Tensor | None = None
@@ -49,13 +50,20 @@ class LoopMDM(Checkpoint):
     """A masked diffusion LM whose early layers are visited S times (arXiv 2605.26106).
 
     A `Denoiser`: `nelbo`, `generate` and the rest take it as it is. Parameters do not depend on S.
+
+    Args:
+        config: architecture.
+        boundary: any callable in place of what `config.loop.boundary` names (`LoopedBlock`). It is no part of
+            config.json, which then says "plain": after loading put it back by `relooped(boundary=...)`.
     """
 
+    takes_depth = True
     max_length: int | None
     suppressed_ids: tuple[int, ...]
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, boundary: Boundary | None = None) -> None:
+        super().__init__(config if boundary is None else config.replace(boundary="plain"))
+        config = self.config
         D = config.hidden_size
         self.embed = nn.Embedding(config.vocab_size, D)
         if config.positions in ("learned", "both"):
@@ -63,10 +71,14 @@ class LoopMDM(Checkpoint):
         if config.modulation == "adaln":
             self.sigma_embed = SigmaEmbedding(config.cond_dim)
             self.final_modulation = nn.Linear(config.cond_dim, 2 * D)
-        start, end = config.loop.start, config.loop.start + config.loop.length
-        self.prelude = nn.ModuleList(Block(config) for _ in range(start))
-        self.loop = LoopedBlock(config)
-        self.coda = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers - end))
+        self.prelude = nn.ModuleList(Block(config) for _ in range(config.loop.start))
+        self.loop = LoopedBlock(config, boundary)
+        self.coda, end = nn.ModuleList(), config.loop.start + config.loop.length
+        for start, length in (*config.loop.also, (config.num_hidden_layers, 0)):
+            self.coda.extend(Block(config) for _ in range(start - end))
+            if length:
+                self.coda.append(LoopedBlock(config, boundary, length))
+            end = start + length
         self.final_norm = Norm(config)
         self.lm_head = nn.Linear(D, config.vocab_size, bias=config.head_bias)
         if config.tie_word_embeddings:
@@ -93,7 +105,7 @@ class LoopMDM(Checkpoint):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        num_loops: int | None = None,
+        num_loops: int | Tensor | Depth | None = None,
         sigma: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Output:
@@ -103,30 +115,39 @@ class LoopMDM(Checkpoint):
             input_ids: integer [B, T], masked positions holding `mask_id`.
             attention_mask: bool or 0/1 [B, T], 1 on real tokens; padding may be left or right. Hidden states of
                 padding are 0.
-            num_loops: S >= 1; None is `config.loop.max_loops`.
+            num_loops: S >= 1; integers [B], an S for each sequence; a `Depth` (early exit, truncated backprop,
+                checkpointing, deep supervision); None is `max_loops`.
             sigma: noise level -log(alpha_t), [B] or a scalar; read only with `config.time_conditioning`.
             document_ids: integer [B, T] for packed rows: tokens attend within their own id, positions restart.
                 A document is one run of equal ids.
 
         Raises:
             InputError: wrong shapes, S < 1, more tokens than `max_position_embeddings`, ids outside the
-                vocabulary (checked on CPU; on CUDA that would cost a synchronisation).
+                vocabulary (checked on CPU; on CUDA that would cost a synchronisation); a `Depth` that asks for what
+                cannot go together, with several looped blocks an exit or truncated backprop.
         """
-        loops = check_loops(self.max_loops if num_loops is None else num_loops)
-        return Output(self.hidden(input_ids, attention_mask, loops, sigma, document_ids), loops, self)
+        request = Depth(num_loops) if isinstance(num_loops, Tensor) else num_loops
+        hidden = self.hidden(input_ids, attention_mask, request, sigma, document_ids)
+        loops = request.num_loops if isinstance(request, Depth) else request
+        if isinstance(request, Depth) and (isinstance(loops, Tensor) or request.early_exit is not None):
+            loops = request.visits
+        return Output(hidden, self.max_loops if loops is None else loops, self)
 
     def hidden(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        num_loops: int | None = None,
+        num_loops: int | Tensor | Depth | None = None,
         sigma: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
         """As `forward`, but only the final hidden states [B, T, D]."""
         self._check(input_ids, attention_mask, document_ids)
+        loops, depth = planned(num_loops, self.max_loops, len(input_ids))
+        self._check_depth(depth)
         positions, mask = _layout(input_ids, attention_mask, document_ids)
-        context = Context(self._rope(positions), mask, self._condition(sigma, input_ids.device))
+        watched = self._watched(depth, input_ids, attention_mask)
+        context = Context(self._rope(positions), mask, self._condition(sigma, input_ids.device), watched)
         x = self.embed(input_ids)
         if self.config.positions in ("learned", "both"):
             x = x + self.position_embed(positions)
@@ -134,17 +155,116 @@ class LoopMDM(Checkpoint):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         for layer in self.prelude:
             x = layer(x, context)
-        x = self.loop(x, num_loops, context)
+        x = self.loop(x, depth if isinstance(num_loops, (Depth, Tensor)) else loops, context)
+        if depth.every:
+            depth.outputs = [
+                self._read(h, k, context, depth, attention_mask) for k, h in enumerate(depth.outputs, start=1)
+            ]
+            x = depth.outputs[-1]
+        else:
+            x = self._read(x, loops, context, depth, attention_mask)
+        if isinstance(num_loops, Depth):
+            num_loops.visits, num_loops.outputs = depth.visits, depth.outputs
+        return x
+
+    def _read(
+        self, x: Tensor, loops: int | Tensor, context: Context, depth: Depth, attention_mask: Tensor | None
+    ) -> Tensor:
+        """The looped block's output -> final hidden states; further looped blocks make `loops` visits."""
         for layer in self.coda:
-            x = layer(x, context)
+            if isinstance(layer, LoopedBlock):
+                x = layer(x, Depth(loops, checkpoint=depth.checkpoint), context)
+            else:
+                x = layer(x, context)
         x = self._final(x, context)
         return x if attention_mask is None else x * attention_mask.to(x.dtype)[..., None]
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         return self.lm_head.weight, self.lm_head.bias
 
-    def forward_flops(self, length: int, num_loops: int) -> float:
+    def forward_flops(self, length: int, num_loops: float) -> float:
         return forward_flops(self.config, length, num_loops)
+
+    def relooped(
+        self,
+        start: int | None = None,
+        length: int | None = None,
+        max_loops: int | None = None,
+        boundary: str | Boundary | None = None,
+        also: tuple[tuple[int, int], ...] | None = None,
+    ) -> Self:
+        """The same layers with another choice of looped ones: retrofits a loop to a trained model.
+
+        At S = 1 the result equals this model at S = 1 bit for bit, whatever the boundary. Both models hold the same
+        Parameter objects; the gain of an anchored boundary that was not there before starts at 1.
+
+        Args:
+            start, length, max_loops, also: fields of `LoopConfig`; None keeps this model's. `also` is dropped where
+                start or length is given and it is not.
+            boundary: "plain", "anchored" or a callable; None keeps this model's.
+
+        Raises:
+            InputError: layers that the model does not have, an unknown boundary.
+        """
+        if also is None and (start is not None or length is not None):
+            also = ()
+        changes: dict[str, Any] = {"start": start, "length": length, "max_loops": max_loops, "also": also}
+        changes = {key: value for key, value in changes.items() if value is not None}
+        own = self.loop.boundary if self.config.loop.boundary == "plain" else None
+        if isinstance(boundary, str):
+            changes["boundary"], own = boundary, None
+        elif boundary is not None:
+            own = boundary
+        with torch.device("meta"):
+            twin = type(self)(self.config.replace(**changes), own)
+        weight = self.embed.weight
+        for module in twin.modules():
+            if isinstance(module, Anchored) and module is not own:
+                module.weight = nn.Parameter(torch.ones_like(weight[0], requires_grad=False))
+        parts = [name for name, _ in self.named_children() if name not in ("prelude", "loop", "coda")]
+        pairs = [(getattr(self, name), getattr(twin, name)) for name in parts]
+        pairs += zip(self.layers, twin.layers, strict=True)
+        pairs += [
+            (old.boundary, new.boundary)
+            for old, new in zip(self.looped_blocks, twin.looped_blocks, strict=False)
+            if isinstance(old.boundary, Anchored) and isinstance(new.boundary, Anchored)
+        ]
+        for source, target in pairs:
+            _share(source, target)
+        for name in ("mask_id", "pad_id", "max_length", "suppressed_ids", "logit_shift"):
+            setattr(twin, name, getattr(self, name))
+        if max_loops is None:
+            twin.max_loops = self.max_loops
+        return twin.train(self.training)
+
+    @property
+    def layers(self) -> list[Block]:
+        """All distinct layers in order."""
+        runs = (part.layers if isinstance(part, LoopedBlock) else [part] for part in self._parts())
+        return [layer for run in runs for layer in run]  # type: ignore[misc]
+
+    @property
+    def looped_blocks(self) -> list[LoopedBlock]:
+        """`loop` and, with `config.loop.also`, those inside the coda."""
+        return [part for part in self._parts() if isinstance(part, LoopedBlock)]
+
+    def _parts(self) -> list[nn.Module]:
+        return [*self.prelude, self.loop, *self.coda]
+
+    def _check_depth(self, depth: Depth) -> None:
+        for name in ("early_exit", "backprop_loops"):
+            if self.config.loop.also and getattr(depth, name) is not None:
+                raise InputError(f"{name} needs a model with one looped block; this one has {len(self.looped_blocks)}")
+
+    def _watched(self, depth: Depth, ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """The positions that the pass's exit rule is to look at, bool [B, T] or None for all."""
+        if depth.early_exit is None:
+            return None
+        real = None if attention_mask is None else attention_mask.bool()
+        if check_over(getattr(depth.early_exit, "over", "sequence")) == "sequence":
+            return real
+        masked = ids == self.mask_id
+        return masked if real is None else masked & real
 
     def _final(self, x: Tensor, context: Context) -> Tensor:
         h = self.final_norm(x, out_dtype=self.lm_head.weight.dtype)[1]
@@ -203,6 +323,13 @@ class SigmaEmbedding(nn.Module):
         angle = sigma[:, None].float() * frequency
         wave = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.inner.weight.dtype)
         return self.outer(F.silu(self.inner(wave)))
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    """Put the Parameter objects of a module into another one of the same make."""
+    for a, b in zip(source.modules(), target.modules(), strict=True):
+        for name, parameter in a.named_parameters(recurse=False):
+            setattr(b, name, parameter)
 
 
 def _layout(ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:

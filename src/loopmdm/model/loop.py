@@ -2,20 +2,23 @@
 
     h^(k) = layers(h^(k-1)), k = 1..S        (LoopMDM, arXiv 2605.26106)
 
-Nothing else: no loop embedding, no input injection; gradients flow through every visit. The one
-option is what happens at the boundary between two visits.
+Nothing else: no loop embedding, no input injection; gradients flow through every visit. What can be varied is the
+boundary between two visits, and by `Depth` how many visits a sequence gets and what the backward pass sees of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..config import ModelConfig, check_loops
+from ..config import ModelConfig
 from ..ops.residual_norm import residual_norm
 from .block import Block, Context, rope_table
+from .depth import Depth, planned, stops
 
 Boundary = Callable[[Tensor, Tensor, int], Tensor]
 """(x, x0, k) -> x, called before visit k = 2..S with the last visit's output and the first one's input."""
@@ -38,36 +41,94 @@ class LoopedBlock(nn.Module):
 
     Args:
         config: the model's configuration; the block has no use for its vocabulary.
-        boundary: any callable in place of the one that `config.loop.boundary` names.
+        boundary: any callable in place of the one that `config.loop.boundary` names. It must treat each sequence
+            by itself if sequences are to make different numbers of visits.
+        length: another number of layers.
 
     With `num_loops=1` it is exactly its layers, one after the other.
     """
 
-    def __init__(self, config: ModelConfig, boundary: Boundary | None = None) -> None:
+    def __init__(self, config: ModelConfig, boundary: Boundary | None = None, length: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.loop.length))
+        self.layers = nn.ModuleList(Block(config) for _ in range(length or config.loop.length))
         self.boundary = boundary or (Anchored(config) if config.loop.boundary == "anchored" else None)
 
-    def forward(self, x: Tensor, num_loops: int | None = None, context: Context | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_loops: int | Tensor | Depth | None = None, context: Context | None = None
+    ) -> Tensor:
         """x [B, T, D] -> [B, T, D] in x's dtype.
 
         Args:
-            num_loops: S >= 1, any value whatever S_max was in training; None is `config.loop.max_loops`.
+            num_loops: S >= 1, any value whatever S_max was in training; integers [B], an S for each sequence; a
+                `Depth` for all else; None is `config.loop.max_loops`.
             context: rotary table, mask and conditioning; None makes full attention at positions 0..T-1.
 
+        A sequence that has made its visits leaves the batch: the work is that of the mean S. Integers [B] cost one
+        host synchronisation a pass (none on the CPU).
+
         Raises:
-            InputError: S below 1.
+            InputError: S below 1 or not one for each sequence; a `Depth` whose parts exclude one another.
         """
-        loops = check_loops(self.config.loop.max_loops if num_loops is None else num_loops)
-        if context is None:
-            context = self._default_context(x)
-        x0 = x
+        loops, depth = planned(num_loops, self.config.loop.max_loops, len(x))
+        context = self._default_context(x) if context is None else context
+        if isinstance(loops, Tensor):
+            x = self._apart(x, loops, context, depth)
+        else:
+            x = self._together(x, loops, context, depth)
+        if isinstance(num_loops, Depth):
+            num_loops.visits, num_loops.outputs = depth.visits, depth.outputs
+            if isinstance(loops, int):
+                num_loops.visits = torch.full((len(x),), loops, device=x.device)
+        return x
+
+    def _together(self, x: Tensor, loops: int, context: Context, depth: Depth) -> Tensor:
+        """Every sequence makes the same visits."""
+        x0, cut = x, max(0, loops - (depth.backprop_loops or loops))
         for k in range(1, loops + 1):
-            if k > 1 and self.boundary is not None:
-                x = self.boundary(x, x0, k)
-            for layer in self.layers:
-                x = layer(x, context)
+            with torch.no_grad() if k <= cut else nullcontext():
+                x = self._visit(x, x0, k, context, depth.checkpoint)
+            if k == cut and torch.is_autocast_enabled(x.device.type):
+                torch.clear_autocast_cache()  # older torch reuses weights cast without a graph (its issue 112583)
+            if depth.every:
+                depth.outputs.append(x)
+        return x
+
+    def _apart(self, x: Tensor, limit: Tensor, context: Context, depth: Depth) -> Tensor:
+        """Sequences leave the batch when they are done; limit int64 [B] and what decides it are on the host."""
+        rows, visits, x0, k = torch.arange(len(x)), torch.zeros_like(limit), x, 0
+        left: list[tuple[Tensor, Tensor]] = []
+        while len(rows):
+            k += 1
+            h = self._visit(x, x0, k, context, depth.checkpoint)
+            done = limit[rows] <= k
+            if depth.early_exit is not None and not bool(done.all()):
+                done |= stops(depth.early_exit, x, h, k, context.positions)
+            x = h
+            if bool(done.all()):
+                left.append((rows, x))
+                visits[rows] = k
+                break
+            if bool(done.any()):
+                gone, stay = (index.nonzero()[:, 0] for index in (done, ~done))
+                visits[rows[gone]] = k
+                left.append((rows[gone], x[gone.to(x.device)]))
+                rows, stay = rows[stay], stay.to(x.device)
+                x, context = x[stay], context.take(stay)
+                x0 = x if self.boundary is None else x0[stay]
+        depth.visits = visits.to(x.device)
+        if len(left) <= 1:
+            return x
+        back = torch.cat([rows for rows, _ in left]).argsort().to(x.device)
+        return torch.cat([h for _, h in left])[back]
+
+    def _visit(self, x: Tensor, x0: Tensor, k: int, context: Context, recompute: bool = False) -> Tensor:
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(self._visit, x, x0, k, context, use_reentrant=False)
+        if k > 1 and self.boundary is not None:
+            x = self.boundary(x, x0, k)
+        for layer in self.layers:
+            x = layer(x, context)
         return x
 
     def _default_context(self, x: Tensor) -> Context:

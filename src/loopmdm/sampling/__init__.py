@@ -1,1 +1,1 @@
-"""Sampling: policies.py decides which positions are revealed, engine.py runs the denoising steps."""
+"""Sampling: policies.py and remask.py choose positions, filters.py draws tokens, engine.py runs the denoising steps."""

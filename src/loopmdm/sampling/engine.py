@@ -1,60 +1,35 @@
-"""generate: fill every masked position of a batch in a given number of denoising steps."""
+"""generate: fill every masked position of a batch by denoising steps.
+
+A step asks the policy which positions to look at or to reveal, runs the model on the sequences that need it, draws
+tokens, and writes what the policy decides. What is done leaves the batch: sequences without work this step do not
+reach the model, and rows that nobody asked for do not reach the head.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import random
 from ..config import check_loops
-from ..diffusion import LogLinear
+from ..diffusion.schedule import Schedule, build_schedule
 from ..errors import InputError
-from ..model.denoiser import Denoiser, logits_at
-from .policies import Policy, State, build
+from ..model.denoiser import Denoiser
+from ..model.depth import ExitRule
+from .filters import Filters, also_suppressed, judge
+from .generation import Generation
+from .network import Loops, Network
+from .policies import build
+from .prompts import Ends, Prompt, arrange
+from .state import Policy, State
 
-Prompt = Tensor | Sequence[int] | Sequence[Sequence[int]] | None
-
-
-@dataclass
-class Generation:
-    """The result of `generate`.
-
-    Attributes:
-        tokens: int64 [B, T], prompts and generated tokens, right-padded with the model's pad id.
-        lengths: int64 [B], real tokens of each sequence.
-        revealed_at: int64 [B, T], the step that filled a position; -1 where nothing was generated.
-        loops_per_step: S of each step that ran the model; empty steps are not in it.
-        nfe: number of function evaluations, the forward passes of the batch.
-        head_rows: rows that reached the vocabulary projection.
-        generated: tokens generated.
-        flops: analytic forward FLOPs of all passes, head convention "head" (every row counted, whatever was skipped).
-        seconds: wall time of the denoising steps.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    revealed_at: Tensor
-    loops_per_step: list[int] = field(default_factory=list)
-    nfe: int = 0
-    head_rows: int = 0
-    generated: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens (never prompt tokens) per second."""
-        return self.generated / self.seconds if self.seconds else 0.0
-
-    def sequences(self) -> list[list[int]]:
-        """The tokens of each sequence without padding."""
-        return [row[:n].tolist() for row, n in zip(self.tokens, self.lengths.tolist(), strict=True)]
+STEPS = 64
+"""Denoising steps of a policy that is not adaptive, when none are asked for."""
 
 
 @torch.no_grad()
@@ -64,13 +39,22 @@ def generate(
     *,
     max_new_tokens: int = 0,
     batch_size: int = 1,
-    steps: int = 64,
-    num_loops: int | None = None,
-    policy: str | Policy = "confidence",
+    steps: int | None = None,
+    num_loops: Loops | None = None,
+    early_exit: ExitRule | None = None,
+    policy: str | Policy | None = None,
     temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    suppress: Sequence[int] = (),
+    block_length: int | None = None,
+    cfg_scale: float = 0.0,
+    eos_id: int | Sequence[int] | None = None,
+    schedule: str | Schedule = "linear",
     seed: int = 0,
     row_seeds: Sequence[int] | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    compat: str | None = None,
 ) -> Generation:
     """Sample from a masked diffusion LM.
 
@@ -80,153 +64,283 @@ def generate(
             `batch_size` unconditional samples. Mask ids inside a prompt are filled in place (infilling); other
             tokens never change.
         max_new_tokens: masks appended to each prompt; may be 0 when the prompts hold masks.
-        steps: denoising steps, >= 1. More steps than masked tokens cost nothing extra.
-        num_loops: S of every step; None is the model's `max_loops`.
-        policy: "confidence", "ancestral", a peer's name for them, or a Policy.
+        steps: denoising steps, >= 1. More steps than masked tokens cost nothing extra. None is as many as it takes
+            for an adaptive policy (threshold, factor, eb, first_hitting) and 64 for the others; an adaptive policy
+            that is given steps reveals at least ceil(left / steps left) tokens in each.
+        num_loops: S of every step, or a callable from the share of each sequence's tokens that are masked, float64
+            [N] in (0, 1], to S, int64 [N] (a `DepthTable`); None is the model's `max_loops`.
+        early_exit: rule by which a sequence makes fewer loops, for models that take a `Depth`.
+        policy: a name, with arguments if need be ("threshold:0.8"), a peer's name, or a Policy; see `POLICIES`.
+            None is "confidence", with `compat` the peer's default.
         temperature: of the token distribution, >= 0; 0 takes the arg-max; None is the policy's own
-            (ancestral 1, confidence 0).
+            (1 for ancestral, first_hitting, remdm and p2, else 0).
+        top_k, top_p: keep the k likeliest tokens, the nucleus of mass p (`Filters`: temperature first, then top-k,
+            then top-p on what is left). Policies judge the distribution without the three.
+        suppress: ids never chosen, beside the model's `suppressed_ids` and the mask.
+        block_length: semi-autoregressive blocks: the generated positions of each sequence, in order, in runs of so
+            many, one run after the other. The steps are divided among a sequence's blocks as evenly as possible, one
+            more for each of the first; the policy sees only the current block.
+        cfg_scale: w >= 0 of classifier-free guidance, h = u + (w + 1) (c - u) on the final hidden states (the head is
+            affine, so on the logits too); u is the pass that sees the given tokens masked. 0 is none.
+        eos_id: an id, or several, that end a sequence: it is over once one is there and everything before it is
+            filled, and is cut behind it. Only generated positions behind the last given token count.
+        schedule: noise schedule of ancestral, first_hitting and remdm, and of time-conditioned models; these are told
+            t = 1 - step / steps, or without `steps` the share of generated positions that are masked, unless the policy
+            has its own times.
         seed: of all noise. Row i uses `row_seeds[i]`, by default seed + i: a sequence comes out the same
             whatever shares its batch.
-        on_step: called after each step with (step, tokens [B, T], revealed bool [B, T]).
+        on_step: called after each step that ran the model or remasked, with (step, tokens [B, T], revealed bool
+            [B, T]).
+        compat: "llada", "dream", "mdlm" or "smdm": that codebase's own sampler, bugs included, with its own policies
+            and options (`sampling.compat`); options that it does not have are refused.
 
     Raises:
-        InputError: nothing to fill, steps or S below 1, prompt with new tokens over the model's length, ids
-            outside the vocabulary.
+        InputError: nothing to fill, an argument outside its range, a prompt with new tokens over the model's length,
+            ids outside the vocabulary, fewer steps than blocks, `early_exit` for a model without depth control.
     """
-    loops = check_loops(model.max_loops if num_loops is None else num_loops)
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps is {steps}; a whole number of at least one denoising step is needed")
-    chosen = build(policy)
-    temperature = chosen.temperature if temperature is None else temperature
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature is {temperature}; it must be a number of at least 0")
     device = model.head()[0].device
-    tokens, lengths = _arrange(model, prompt, max_new_tokens, batch_size, device)
-    B, T = tokens.shape
-    if row_seeds is not None and len(row_seeds) != B:
-        raise InputError(f"{len(row_seeds)} row seeds were given for {B} sequences")
-    wanted = row_seeds if row_seeds is not None else [seed + i for i in range(B)]
-    seeds = torch.tensor([random.signed(s) for s in wanted], device=device)
+    tokens, lengths, prompt_lengths = arrange(model, prompt, max_new_tokens, batch_size, device)
+    if compat is not None:
+        from .compat import run
 
-    logical = torch.arange(T, device=device).expand(B, T)
-    real = logical < lengths[:, None]
-    padding = None if bool(real.all()) else real
-    masked = (tokens == model.mask_id) & real
-    total = masked.sum(-1)
-    result = Generation(tokens, lengths, torch.full_like(tokens, -1), generated=int(total.sum()))
-    if not result.generated:
-        raise InputError("there is nothing to generate: no mask id in the prompt and max_new_tokens is 0")
+        return run(
+            compat,
+            model,
+            tokens,
+            lengths,
+            prompt_lengths,
+            steps=STEPS if steps is None else steps,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            block_length=block_length,
+            cfg_scale=cfg_scale,
+            policy=policy,
+            seed=seed,
+            num_loops=num_loops,  # type: ignore[arg-type]  # a callable is refused there
+            on_step=on_step,
+            eos_id=eos_id,
+            early_exit=early_exit,
+            suppress=tuple(suppress) or None,
+            row_seeds=row_seeds,
+            schedule=None if schedule == "linear" else schedule,
+        )
+    chosen = build("confidence" if policy is None else policy)
+    if row_seeds is not None and len(row_seeds) != len(tokens):
+        raise InputError(f"{len(row_seeds)} row seeds were given for {len(tokens)} sequences")
+    wanted = row_seeds if row_seeds is not None else [seed + i for i in range(len(tokens))]
+    if early_exit is not None and not getattr(model, "takes_depth", False):
+        raise InputError("early_exit needs a model that takes a Depth (`takes_depth`); this one does not")
+    if not isinstance(cfg_scale, (int, float)) or not 0 <= cfg_scale < math.inf:
+        raise InputError(f"cfg_scale is {cfg_scale!r}; it must be a number of at least 0")
+    if num_loops is None or not callable(num_loops):
+        num_loops = check_loops(model.max_loops if num_loops is None else num_loops)
+    network = Network(model, num_loops, early_exit, cfg_scale, also_suppressed(model, suppress))
+    filters = Filters(chosen.temperature if temperature is None else temperature, top_k, top_p)
+    sampler = _Sampler(
+        network,
+        chosen,
+        filters,
+        build_schedule(schedule),
+        tokens,
+        lengths,
+        torch.tensor([random.signed(s) for s in wanted], device=device),
+        steps if steps is not None or chosen.adaptive else STEPS,
+        block_length,
+        eos_id,
+    )
+    with _evaluating(model):
+        started = time.perf_counter()
+        sampler.run(on_step)
+        network.result.seconds = time.perf_counter() - started
+    return network.result
 
+
+class _Sampler:
+    """The tokens of one call of `generate` and the steps that fill them."""
+
+    def __init__(
+        self,
+        network: Network,
+        policy: Policy,
+        filters: Filters,
+        schedule: Schedule,
+        tokens: Tensor,
+        lengths: Tensor,
+        row_seeds: Tensor,
+        steps: int | None,
+        block_length: int | None,
+        eos: int | Sequence[int] | None,
+    ) -> None:
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            raise InputError(f"steps is {steps}; a whole number of at least one denoising step is needed")
+        self.network, self.policy, self.filters, self.schedule = network, policy, filters, schedule
+        self.tokens, self.row_seeds, self.steps = tokens, row_seeds, steps
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        self.real = column < lengths[:, None]
+        self.masked = (tokens == network.model.mask_id) & self.real
+        if not self.masked.any():
+            raise InputError("there is nothing to generate: no mask id in the prompt and max_new_tokens is 0")
+        self.generated = self.masked.clone()
+        self.given = self.real & ~self.generated
+        self.ends = None if eos is None else Ends(eos, network.model.vocab_size, self.generated, self.given)
+        self.over = torch.zeros_like(lengths, dtype=torch.bool)
+        self.confidence = torch.zeros(tokens.shape, device=tokens.device)
+        self._divide(block_length)
+        network.result = self.result = Generation(tokens, lengths, torch.full_like(tokens, -1))
+        self.trace: list[Tensor] = []
+
+    def _divide(self, block_length: int | None) -> None:
+        """Number the blocks: `block` int64 [B, T], -1 outside `generated`; `blocks` int64 [B]."""
+        if block_length is None:
+            block_length = self.generated.shape[1]
+        if not isinstance(block_length, int) or isinstance(block_length, bool) or block_length < 1:
+            raise InputError(f"block_length is {block_length!r}; it must be a whole number of at least 1")
+        rank = self.generated.cumsum(-1) - 1
+        self.block = torch.where(self.generated, rank // block_length, -1)
+        self.blocks = self.block.max(-1).values + 1
+        most = int(self.blocks.max())
+        if self.steps is not None and self.steps < most:
+            raise InputError(f"steps is {self.steps}, but there are {most} blocks; each needs at least one step")
+        self.at = torch.full_like(self.blocks, -1)  # without `steps`: each sequence's block and its step in it
+        self.since = torch.zeros_like(self.blocks)
+
+    def run(self, on_step: Callable[[int, Tensor, Tensor], None] | None) -> None:
+        # without `steps`: a token a step of every sequence is the least that an adaptive policy does
+        most = self.steps or int(self.generated.sum(-1).max())
+        for clock in range(most):
+            if not self._unfinished().any():
+                break
+            ran, reveal, remask = self._step(clock)
+            self.masked = self.masked & ~reveal | remask
+            self.result.revealed_at[reveal] = clock
+            self.result.revealed_at[remask] = -1
+            if self.ends is not None:
+                self.over = self.ends.lengths(self.tokens, self.masked) >= 0
+            if on_step is not None and (ran or bool(remask.any())):
+                on_step(clock, self.tokens, reveal)
+        self._finish()
+
+    def _unfinished(self) -> Tensor:
+        """bool [B], sequences that may still change."""
+        return ~self.over & (self.generated if self.policy.remasks else self.masked).any(-1)
+
+    def _step(self, clock: int) -> tuple[bool, Tensor, Tensor]:
+        """Write one step into `tokens`; (whether the model ran, revealed bool [B, T], remasked bool [B, T])."""
+        reveal_all, remask_all = torch.zeros_like(self.masked), torch.zeros_like(self.masked)
+        state, index = self._state(clock)
+        looks, policy = self.policy.looks, self.policy
+        if looks != "nothing" and len(index):
+            busy = ~policy.idle(state)
+            state, index = state.select(busy), index[busy]
+        if not len(index):
+            return False, reveal_all, remask_all
+
+        if looks == "nothing":
+            reveal, remask = self._move(state, None)
+            rows = reveal
+        else:
+            rows = state.generated if looks == "all" else state.masked
+        entering = rows.any(-1)
+        tokens = self.tokens[index]
+        scores = torch.zeros(rows.shape, device=rows.device)
+        if ran := bool(entering.any()):
+            logits = self._logits(state.select(entering), index[entering], rows[entering])
+            noise = state.noise(random.SAMPLE_TOKEN)[rows] if self.filters.temperature else None
+            proposed = self.filters.draw(logits, noise)
+            if policy.score is not None:
+                there = torch.where(state.masked[rows], proposed, tokens[rows])
+                scores = scores.masked_scatter(rows, judge(logits, there, policy.score))
+            filled = tokens.masked_scatter(rows, proposed)
+        if looks != "nothing":
+            reveal, remask = self._move(state, scores)
+        if ran:
+            tokens = torch.where(reveal, filled, tokens)
+            if policy.score is not None:
+                self.confidence[index] = torch.where(reveal, scores, state.confidence)
+        self.tokens[index] = tokens.masked_fill(remask, self.network.model.mask_id)
+        reveal_all[index], remask_all[index] = reveal, remask
+        return ran, reveal_all, remask_all
+
+    def _move(self, state: State, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The policy's move, kept within what a policy may do."""
+        reveal, remask = self.policy.choose(state, scores)
+        if remask is None:
+            remask = torch.zeros_like(reveal)
+        return reveal & state.masked, remask & state.generated & ~state.masked
+
+    def _state(self, clock: int) -> tuple[State, Tensor]:
+        """What the policy sees of the sequences that may move this step, and which sequences these are."""
+        if self.steps is None:
+            last = self.block.shape[1]
+            block = torch.where(self.masked, self.block, last).min(-1).values
+            self.since = torch.where(block == self.at, self.since + 1, 0)
+            self.at = block
+            step = self.since
+        else:
+            # sequence b has `longer` blocks of `steps // blocks` + 1 steps, then blocks of `steps // blocks`
+            blocks = self.blocks.clamp(min=1)
+            each, longer = self.steps // blocks, self.steps % blocks
+            block = torch.where(
+                clock < longer * (each + 1), clock // (each + 1), longer + (clock - longer * (each + 1)) // each
+            )
+            step = clock - block * each - torch.minimum(block, longer)
+            steps = each + (block < longer).long()
+        current = self.block == block[:, None]
+        masked = self.masked & current
+        if self.steps is None:
+            steps = step + masked.sum(-1)
+        may = ~self.over & (current if self.policy.remasks else masked).any(-1)
+        state = State(
+            masked, current, current.sum(-1), step, steps, block, clock, self.row_seeds, self.confidence, self.schedule
+        )
+        index = may.nonzero()[:, 0]
+        return state.select(index), index
+
+    def _logits(self, state: State, index: Tensor, rows: Tensor) -> Tensor:
+        masked = self.masked[index].sum(-1)
+        lengths = self.real[index].sum(-1)
+        time_ = self.policy.time(state)
+        if time_ is None and self.steps is None:
+            time_ = masked.double() / self.generated[index].sum(-1)
+        elif time_ is None:
+            time_ = 1 - state.clock / self.steps + torch.zeros_like(masked, dtype=torch.float64)  # type: ignore[operator]
+        width = int(lengths.max())
+        logits = self.network.logits(
+            self.tokens[index, :width],
+            self.real[index, :width],
+            self.given[index, :width],
+            masked.double() / lengths,
+            self.schedule.sigma(time_).float(),
+            rows[:, :width],
+        )
+        loops = torch.zeros_like(self.blocks)
+        loops[index] = self.network.visits[: len(index)].to(loops)
+        self.trace.append(loops)
+        return logits
+
+    def _finish(self) -> None:
+        """Cut what is over behind its EOS, and count."""
+        result = self.result
+        if self.ends is not None:
+            ends = self.ends.lengths(self.tokens, self.masked)
+            result.lengths = torch.where(ends >= 0, ends, result.lengths)
+            cut = self.real & (self.ends.column >= result.lengths[:, None])
+            self.tokens[cut] = self.network.model.pad_id
+            result.revealed_at[cut] = -1
+            self.generated = self.generated & ~cut
+        result.generated = int(self.generated.sum())
+        result.loops = torch.stack(self.trace) if self.trace else result.loops
+
+
+@contextlib.contextmanager
+def _evaluating(model: Denoiser) -> Iterator[None]:
+    """Evaluation mode meanwhile."""
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()  # type: ignore[attr-defined]
-    started = time.perf_counter()
     try:
-        for step in range(steps):
-            state = State(masked, logical, total, step, steps, seeds)
-            reveal = _denoise(model, chosen, state, tokens, padding, loops, temperature, result)
-            if reveal is None:
-                continue
-            masked = masked & ~reveal
-            result.revealed_at[reveal] = step
-            if on_step is not None:
-                on_step(step, tokens, reveal)
-            if not masked.any():
-                break
+        yield
     finally:
         if was_training:
             model.train()  # type: ignore[attr-defined]
-    result.seconds = time.perf_counter() - started
-    return result
-
-
-def _denoise(
-    model: Denoiser,
-    policy: Policy,
-    state: State,
-    tokens: Tensor,
-    padding: Tensor | None,
-    loops: int,
-    temperature: float,
-    result: Generation,
-) -> Tensor | None:
-    """One step: writes the revealed tokens into `tokens` and returns where, or None if the step was empty."""
-    if policy.idle(state):
-        return None
-    rows = state.masked if policy.looks else policy.choose(state, None)
-    if not rows.any():
-        return None
-    time_left = torch.full((len(tokens),), 1 - state.step / state.steps, device=tokens.device)
-    hidden = model.hidden(tokens, padding, loops, LogLinear().sigma(time_left))
-    proposal, confidence = propose(logits_at(model, hidden, rows), rows, state, temperature)
-    result.nfe += 1
-    result.head_rows += len(proposal)
-    result.loops_per_step.append(loops)
-    result.flops += len(tokens) * model.forward_flops(tokens.shape[1], loops)
-    if not policy.looks:
-        tokens[rows] = proposal
-        return rows
-    filled = tokens.masked_scatter(rows, proposal)
-    reveal = policy.choose(state, torch.zeros(rows.shape, device=rows.device).masked_scatter(rows, confidence))
-    tokens[reveal] = filled[reveal]
-    return reveal
-
-
-def propose(logits: Tensor, rows: Tensor, state: State, temperature: float) -> tuple[Tensor, Tensor]:
-    """A token for each row and the model's own (un-tempered) probability of it.
-
-    Args:
-        logits: fp32 [N, V], suppressed ids at -inf; rows: bool [B, T], N True.
-
-    Returns:
-        tokens int64 [N], confidence fp32 [N]. Sampling inverts the cumulative distribution in float64 with one
-        number a row, keyed by the sequence's seed, the step and the logical position.
-    """
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
-        width = int(state.logical.max()) + 1
-        zeros = torch.zeros_like(state.row_seeds)
-        noise = random.uniform(state.row_seeds, random.SAMPLE_TOKEN, state.step, zeros, width)
-        u = noise.gather(1, state.logical)[rows].double() * cumulative[:, -1]
-        token = torch.searchsorted(cumulative, u[:, None], right=True)[:, 0]
-    picked = logits.gather(-1, token[:, None])[:, 0]
-    return token, (picked - logits.logsumexp(-1)).exp().float()
-
-
-def _arrange(
-    model: Denoiser, prompt: Prompt, max_new_tokens: int, batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Prompts, then masks, then padding: (tokens int64 [B, T], lengths int64 [B])."""
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-    if prompt is None:
-        rows: list[list[int]] = [[] for _ in range(batch_size)]
-    else:
-        if isinstance(prompt, Tensor) and prompt.dim() not in (1, 2):
-            raise InputError(f"prompt is {list(prompt.shape)}; expected ids [T] or [B, T]")
-        data: list[Any] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-        data = [r.tolist() if isinstance(r, Tensor) else r for r in data]
-        nested = [isinstance(r, (list, tuple)) for r in data]
-        if any(nested) and not all(nested):
-            raise InputError("the prompt mixes ids and sequences; pass one sequence of ids or a list of sequences")
-        rows = [list(r) for r in data] if any(nested) else [data]
-    if not rows:
-        raise InputError("the batch is empty")
-    for row in rows:
-        for token in row:
-            if not isinstance(token, int) or not 0 <= token < model.vocab_size:
-                raise InputError(f"the prompt holds {token!r}; ids must be whole numbers in 0..{model.vocab_size - 1}")
-    lengths = torch.tensor([len(r) + max_new_tokens for r in rows], device=device)
-    longest = int(lengths.max())
-    if model.max_length is not None and longest > model.max_length:
-        raise InputError(
-            f"a prompt of {longest - max_new_tokens} tokens with {max_new_tokens} new ones is longer than the "
-            f"model's {model.max_length}"
-        )
-    tokens = torch.full((len(rows), longest), model.pad_id, device=device)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        tokens[i, len(row) : len(row) + max_new_tokens] = model.mask_id
-    return tokens, lengths

@@ -1,0 +1,316 @@
+"""The absorbing-state diffusion: corruption, the NELBO that trains and measures, and fine-tuning on answers.
+
+    q(x_t^i | x_0^i) = alpha_t [x_0^i] + (1 - alpha_t) [MASK],   alpha_t = 1 - (1 - eps) t unless a schedule is given
+    NELBO = E_{t, S, x_t}  1/(B T) sum_i 1[x_t^i = MASK] w(t) CE(logits_i, x_0^i),   w(t) = 1/t with that schedule
+
+(MDLM, arXiv 2406.07524, eq. 10; S as in LoopMDM, arXiv 2605.26106.) t runs over [T_MIN, 1], so
+the NELBO here is the mean of the integrand over that interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import random
+from ..config import check_loops
+from ..errors import InputError
+from ..model.denoiser import Denoiser, logits_at
+from ..model.depth import Depth
+from ..model.flops import uniform_loops
+from .schedule import Schedule, build_schedule
+
+T_MIN = 1e-3
+
+
+@dataclass
+class Corruption:
+    """A masked batch: `tokens` [B, T] with mask ids in, `mask` bool [B, T], `t` fp32 [B]."""
+
+    tokens: Tensor
+    mask: Tensor
+    t: Tensor
+
+
+@dataclass
+class NELBO:
+    """The result of `nelbo`.
+
+    Attributes:
+        loss: scalar to minimise, nats a token (`objective="nelbo"`) or a masked token ("masked_mean").
+        nelbo: the NELBO estimate whatever the objective; nats a maskable token, of the last visit, detached.
+        per_sequence: the same for each sequence, [B], detached.
+        corruption: what the model saw.
+        num_loops: S of this pass (an exit rule may have stopped sequences before it).
+        masked_tokens: rows that reached the head.
+    """
+
+    loss: Tensor
+    nelbo: Tensor
+    per_sequence: Tensor
+    corruption: Corruption
+    num_loops: int
+    masked_tokens: int
+
+
+def sample_loops(distribution: int | Mapping[int, float], seed: int, step: int) -> int:
+    """S of a training step, the same on every rank: from U{1..distribution} or from {S: probability}."""
+    if isinstance(distribution, int):
+        distribution = uniform_loops(distribution)
+    u, total = random.scalar(seed, random.LOOPS, step), 0.0
+    for loops, probability in sorted(distribution.items()):
+        total += probability
+        if u < total:
+            return loops
+    return max(distribution)
+
+
+def stratified_times(
+    index: Tensor, global_batch: int, seed: int, step: int, t_range: tuple[float, float] = (T_MIN, 1.0)
+) -> Tensor:
+    """t_i = (u + i/B) mod 1 over the global batch of a step, rescaled to `t_range`; fp32 [len(index)]."""
+    low, high = t_range
+    if not 0 < low <= high <= 1:
+        raise InputError(f"t_range is {t_range}; it must satisfy 0 < low <= high <= 1")
+    u = random.scalar(seed, random.TIME, step)
+    return low + (high - low) * ((u + (index % global_batch).double() / global_batch) % 1.0).float()
+
+
+def corrupt(
+    tokens: Tensor,
+    mask_id: int,
+    t: Tensor,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    index: Tensor | None = None,
+    maskable: Tensor | None = None,
+    schedule: Schedule | str = "linear",
+) -> Corruption:
+    """Mask each maskable token with probability 1 - alpha_t.
+
+    Args:
+        tokens: [B, T]; t: [B]; index: global sample indices [B] (default 0..B-1); maskable: bool [B, T].
+        schedule: a `Schedule`, or the name of one in `SCHEDULES`.
+    """
+    B, T = tokens.shape
+    index = torch.arange(B, device=tokens.device) if index is None else index
+    noise = random.uniform(seed, random.MASK, step, index.to(tokens.device), T)
+    mask = noise < (1 - build_schedule(schedule).alpha(t)).to(noise)[:, None]
+    if maskable is not None:
+        mask &= maskable
+    return Corruption(tokens.masked_fill(mask, mask_id), mask, t)
+
+
+def nelbo(
+    model: Denoiser,
+    tokens: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    maskable: Tensor | None = None,
+    num_loops: int | Mapping[int, float] | Callable[[int], int] | None = None,
+    t: Tensor | None = None,
+    mask: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    index: Tensor | None = None,
+    global_batch: int | None = None,
+    t_range: tuple[float, float] = (T_MIN, 1.0),
+    schedule: Schedule | str = "linear",
+    objective: str = "nelbo",
+    average: str = "token",
+    depth: Depth | None = None,
+    document_ids: Tensor | None = None,
+) -> NELBO:
+    """The negative evidence lower bound of clean tokens under the model, one corruption a sequence.
+
+    Every random thing can be given; what is not given is a function of (seed, step, index).
+
+    Args:
+        model: any Denoiser.
+        tokens: clean integer ids [B, T].
+        attention_mask: bool [B, T], True on real tokens; padding is neither masked nor counted.
+        maskable: bool [B, T], tokens that may be masked and are counted; None is all real ones.
+        num_loops: S; a distribution {S: probability} to draw S from; a function of the step; None draws
+            S ~ U{1..max_loops}.
+        t: [B] in (0, 1]; None is stratified over the global batch.
+        mask: bool [B, T]; None draws it.
+        seed, step, index, global_batch: identify the random numbers; index is the global sample
+            index [B] (default 0..B-1) and global_batch the number of samples a step (default B).
+        t_range: interval of the stratified t.
+        schedule: a `Schedule`, or the name of one in `SCHEDULES`.
+        objective: "nelbo" (weights w(t)), or "masked_mean": the plain mean over masked tokens, a lower-variance
+            training loss.
+        average: of the loss. "token": the sum over the batch divided by all counted (with "masked_mean", masked)
+            tokens. "sequence": each sequence's sum divided by its own number of them, then the mean over the sequences
+            that have any (LLaDA's loss of fine-tuning, arXiv 2502.09992).
+        depth: how the looped block is visited (gradients, recomputation, exits), for models that take it; its
+            num_loops stays None. With `every` (deep supervision) the loss is the mean of those read after visits 1..S.
+        document_ids: integer [B, T] of packed rows, for models that take them (`LoopMDM.forward`).
+
+    Raises:
+        InputError: ids outside the vocabulary or that the model never predicts, [MASK] among them, t outside (0, 1]
+            (all checked on CPU); shapes that disagree, an unknown objective or schedule, S < 1, a depth that the model
+            does not take.
+    """
+    B, device = len(tokens), tokens.device
+    same_shape(tokens, attention_mask=attention_mask, maskable=maskable, mask=mask)
+    for name, given in (("t", t), ("index", index)):
+        if given is not None and given.shape != tokens.shape[:1]:
+            raise InputError(f"{name} is {list(given.shape)}; it must be [{B}], one for each sequence")
+    if device.type == "cpu" and t is not None and not bool(((t > 0) & (t <= 1)).all()):
+        raise InputError("t must be in (0, 1] for every sequence")
+    counted = counted_tokens(model, tokens, attention_mask, maskable)
+    one_of("objective", objective, ("nelbo", "masked_mean"))
+    one_of("average", average, ("token", "sequence"))
+    schedule = build_schedule(schedule)
+
+    index = torch.arange(B, device=device) if index is None else index.to(device)
+    loops = _draw_loops(num_loops, model.max_loops, seed, step)
+    if t is None:
+        t = stratified_times(index, global_batch or B, seed, step, t_range)
+    if mask is None:
+        corruption = corrupt(
+            tokens, model.mask_id, t, seed=seed, step=step, index=index, maskable=counted, schedule=schedule
+        )
+    else:
+        mask = mask.bool() & counted
+        corruption = Corruption(tokens.masked_fill(mask, model.mask_id), mask, t)
+
+    plan = plan_depth(model, depth, loops)
+    packed = {} if document_ids is None else {"document_ids": document_ids}
+    visits: int | Depth = loops if plan is None else plan
+    hidden = model.hidden(corruption.tokens, attention_mask, visits, schedule.sigma(t), **packed)  # type: ignore[arg-type]
+
+    sequence, counts = corruption.mask.nonzero()[:, 0], counted.sum(-1)
+    weight = schedule.weight(t)
+    losses = []
+    for state in plan.outputs if plan is not None and plan.every else [hidden]:
+        ce = cross_entropies(model, state, tokens, corruption.mask)
+        weighted = ce * weight.to(ce)[sequence]
+        if objective == "nelbo":
+            losses.append(_mean(weighted, sequence, counts, average))
+        else:
+            losses.append(_mean(ce, sequence, corruption.mask.sum(-1), average))
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    weighted = weighted.detach()  # of the last visit
+    per_sequence = weighted.new_zeros(B).index_add_(0, sequence, weighted) / counts.clamp(min=1)
+    return NELBO(loss, _mean(weighted, sequence, counts, "token"), per_sequence, corruption, loops, len(sequence))
+
+
+def sft(
+    model: Denoiser,
+    tokens: Tensor,
+    prompt_lengths: Tensor | Sequence[int] | None = None,
+    *,
+    prompt_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    average: str = "sequence",
+    **options: Any,
+) -> NELBO:
+    """The NELBO of answers given their prompts, to fine-tune on (LLaDA, arXiv 2502.09992, section 2.3).
+
+    A prompt is never masked and never counted. All the rest is the answer, the EOS tokens that fill a batch up to one
+    length among them: that is how the model learns where to stop, so they are no padding in `attention_mask`.
+
+    Args:
+        tokens: prompt and answer, clean integer ids [B, T].
+        prompt_lengths: integers [B], real tokens of each prompt at the start of its sequence (padding on the left is
+            not counted). This or prompt_mask.
+        prompt_mask: bool [B, T], True on prompt tokens, wherever they are (several turns).
+        attention_mask: bool [B, T], True on real tokens; padding is neither seen nor counted.
+        average: as in `nelbo`; each answer weighs the same by default.
+        options: whatever else `nelbo` takes, `maskable` aside.
+
+    Raises:
+        InputError: a sequence without an answer, both prompt arguments or none, and what `nelbo` refuses.
+    """
+    same_shape(tokens, attention_mask=attention_mask, prompt_mask=prompt_mask)
+    real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if (prompt_lengths is None) == (prompt_mask is None):
+        raise InputError("sft needs one of prompt_lengths and prompt_mask, to tell the prompts from the answers")
+    if prompt_mask is not None:
+        answer = real & ~prompt_mask.bool()
+    else:
+        lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
+        if lengths.shape != tokens.shape[:1] or lengths.dtype.is_floating_point:
+            raise InputError(
+                f"prompt_lengths is {lengths.dtype} {list(lengths.shape)}; expected integers [{len(tokens)}]"
+            )
+        answer = real & (real.cumsum(-1) > lengths[:, None])
+    empty = (~answer.any(-1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"the prompt of sequence {empty[0]} covers all of it; leave room for an answer or drop it")
+    return nelbo(model, tokens, attention_mask=attention_mask, maskable=answer, average=average, **options)
+
+
+def cross_entropies(model: Denoiser, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """-log p of the clean token at each of the n masked positions, [n] in row-major order."""
+    return F.cross_entropy(logits_at(model, hidden, mask), tokens[mask], reduction="none")
+
+
+def counted_tokens(
+    model: Denoiser, tokens: Tensor, attention_mask: Tensor | None = None, maskable: Tensor | None = None
+) -> Tensor:
+    """Which tokens may be masked and are counted, bool [B, T]; on CPU, InputError if the model cannot predict one."""
+    counted = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if maskable is not None:
+        counted = counted & maskable.bool()
+    if tokens.device.type == "cpu":
+        if bool((((tokens < 0) | (tokens >= model.vocab_size)) & counted).any()):
+            raise InputError(f"the data hold ids outside the vocabulary of {model.vocab_size}")
+        if bool(((tokens == model.mask_id) & counted).any()):
+            raise InputError(f"the data contain the mask id {model.mask_id}; clean tokens cannot be [MASK]")
+        for never in model.suppressed_ids:
+            if bool(((tokens == never) & counted).any()):
+                raise InputError(
+                    f"the data contain id {never}, which this model never predicts; leave it out with maskable"
+                )
+    return counted
+
+
+def same_shape(tokens: Tensor, **others: Tensor | None) -> None:
+    for name, given in others.items():
+        if given is not None and given.shape != tokens.shape:
+            raise InputError(f"{name} is {list(given.shape)}, tokens is {list(tokens.shape)}; they must agree")
+
+
+def one_of(name: str, value: str, known: tuple[str, str]) -> None:
+    if value not in known:
+        raise InputError(f"{name} is {value!r}; it must be {known[0]!r} or {known[1]!r}")
+
+
+def _draw_loops(
+    num_loops: int | Mapping[int, float] | Callable[[int], int] | None, max_loops: int, seed: int, step: int
+) -> int:
+    if num_loops is None:
+        return sample_loops(max_loops, seed, step)
+    if isinstance(num_loops, Mapping):
+        return sample_loops(num_loops, seed, step)
+    return check_loops(num_loops(step) if callable(num_loops) else num_loops)
+
+
+def plan_depth(model: Denoiser, depth: Depth | None, loops: int) -> Depth | None:
+    """A copy of the template with this pass's S, which the pass will fill."""
+    if depth is None:
+        return None
+    if not getattr(model, "takes_depth", False):
+        raise InputError(f"{type(model).__name__} does not take a depth; give num_loops only")
+    if depth.num_loops is not None:
+        raise InputError("depth.num_loops must be None here; S is nelbo's own num_loops")
+    return dataclasses.replace(depth, num_loops=loops, visits=None, outputs=[])
+
+
+def _mean(values: Tensor, sequence: Tensor, counts: Tensor, average: str) -> Tensor:
+    """Mean of values [n] that belong to the rows `sequence` [n]; counts [B] is how many each row's sum stands for."""
+    if average == "token":
+        return values.sum() / counts.sum().clamp(min=1)
+    sums = values.new_zeros(len(counts)).index_add(0, sequence, values)
+    return (sums / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)

@@ -1,0 +1,150 @@
+"""Which masks a bound is measured on, and the passes that measure them.
+
+Masks are functions of (seed, sequence index, sample). Step 0 of a stream of random numbers places the sequences, step
+1 + j draws the masks of sample j.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import random
+from ..errors import InputError
+from ..model.denoiser import Denoiser
+from ..model.depth import Depth
+from .loss import counted_tokens, cross_entropies, plan_depth, same_shape
+from .schedule import Schedule
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+Draw = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(global index [R], sample number [R], counted bool [R, T]) -> (mask bool [R, T], sigma [R], weight float64 [R])."""
+
+
+def _spread(seed: int, stream: int, index: Tensor) -> Tensor:
+    """v_i in [0, 1), float64: a random start, then golden-ratio steps, which any run of sequences fills evenly."""
+    return (random.scalar(seed, stream, 0) + index.double() * GOLDEN) % 1.0
+
+
+def _noise(seed: int, stream: int, index: Tensor, sample: Tensor, length: int) -> Tensor:
+    return random.uniform(seed, stream, 1 + sample, index, length)
+
+
+def time_draw(schedule: Schedule, seed: int, samples: int, edges: Tensor) -> Draw:
+    """Sample number b * samples + j is the j-th of bin b."""
+
+    def draw(index: Tensor, sample: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = edges.to(index.device)[:-1], edges.to(index.device)[1:]
+        chosen = sample // samples
+        place = (_spread(seed, random.T_EVAL, index) + sample % samples) / samples
+        t = low[chosen] + (high - low)[chosen] * place
+        noise = _noise(seed, random.T_EVAL, index, sample, counted.shape[1])
+        mask = (noise < (1 - schedule.alpha(t))[:, None]) & counted
+        return mask, schedule.sigma(t).float(), schedule.weight(t)
+
+    return draw
+
+
+def count_draw(schedule: Schedule, seed: int, samples: int) -> Draw:
+    def draw(index: Tensor, sample: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        length = counted.sum(-1)
+        place = (_spread(seed, random.COUNT, index) + sample) * length / samples
+        masks = torch.minimum(place.long() + 1, length)
+        noise = _noise(seed, random.COUNT, index, sample, counted.shape[1]).masked_fill(~counted, math.inf)
+        rank = noise.argsort(dim=-1, stable=True).argsort(dim=-1)
+        clean = 1 - masks / length.clamp(min=1).double()
+        weight = length / masks.clamp(min=1).double()
+        sigma = schedule.sigma(schedule.inverse(clean)).float()
+        return rank < masks[:, None], sigma, weight
+
+    return draw
+
+
+@contextlib.contextmanager
+def evaluating(model: Denoiser) -> Iterator[None]:
+    """Evaluation mode for a while; each module then returns to the mode it had."""
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
+    for module, _ in modes[:1]:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:  # parents first, so that a child's own mode has the last word
+            module.train(mode)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Weighted and plain sums of CE and visits, float64 [len(S), N, samples]; masked tokens float64 [N, samples]."""
+
+    weighted: Tensor
+    plain: Tensor
+    visits: Tensor
+    masked: Tensor
+    tokens: Tensor
+
+
+@torch.no_grad()
+def measure(
+    model: Denoiser,
+    sequences: Tensor,
+    loops: tuple[int, ...],
+    samples: int,
+    draw: Draw,
+    attention_mask: Tensor | None,
+    maskable: Tensor | None,
+    *,
+    depth: Depth | None,
+    index: Tensor | None,
+    batch: int,
+) -> Measured:
+    """Show every (sequence, sample) to the model at every S, `batch` of them at a time."""
+    if sequences.dim() != 2 or not sequences.numel():
+        raise InputError(f"sequences is {list(sequences.shape)}; there must be tokens to measure, [N, T]")
+    for name, value in (("samples", samples), ("batch", batch)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    same_shape(sequences, attention_mask=attention_mask, maskable=maskable)
+    N, device = len(sequences), model.head()[0].device
+    index = torch.arange(N) if index is None else index
+    if index.shape != (N,):
+        raise InputError(f"index is {list(index.shape)}; it must be [{N}], one for each sequence")
+    counted = counted_tokens(model, sequences, attention_mask, maskable)
+    weighted = torch.zeros(len(loops), N * samples, dtype=torch.float64)
+    plain, visits, masked = torch.zeros_like(weighted), torch.zeros_like(weighted), torch.zeros_like(weighted[0])
+    with evaluating(model):
+        for start in range(0, N * samples, batch):
+            cell = torch.arange(start, min(start + batch, N * samples))
+            row, sample = cell // samples, cell % samples
+            clean, allowed = (x[row.to(x.device)].to(device) for x in (sequences, counted))
+            real = None if attention_mask is None else attention_mask[row.to(attention_mask.device)].to(device)
+            mask, sigma, weight = draw(index[row.to(index.device)].to(device), sample.to(device), allowed)
+            seen, owner = clean.masked_fill(mask, model.mask_id), mask.nonzero()[:, 0]
+            masked[cell] = mask.sum(-1).double().cpu()
+            for i, S in enumerate(loops):
+                plan = plan_depth(model, depth, S)
+                hidden = model.hidden(seen, real, S if plan is None else plan, sigma)  # type: ignore[arg-type]
+                ce = cross_entropies(model, hidden, clean, mask)
+                sums = torch.zeros(len(cell), dtype=torch.float64, device=device).index_add_(0, owner, ce.double())
+                plain[i, cell], weighted[i, cell] = sums.cpu(), (sums * weight).cpu()
+                done = plan.visits if plan is not None else None
+                visits[i, cell] = float(S) if done is None else done.double().cpu()
+    shape = (len(loops), N, samples)
+    weighted, plain, visits = (x.view(shape) for x in (weighted, plain, visits))
+    return Measured(weighted, plain, visits, masked.view(N, samples), counted.sum(-1).cpu())
+
+
+def ratio(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """sum(values) / sum(tokens) over the last axis, N, and its standard error over sequences of unequal length."""
+    count, N = tokens.to(values).sum().clamp(min=1), values.shape[-1]
+    mean = values.sum(-1) / count
+    if N == 1:
+        return mean, torch.full_like(mean, math.inf)
+    rest = values - mean[..., None] * tokens
+    return mean, (rest.square().sum(-1) * N / (N - 1)).sqrt() / count

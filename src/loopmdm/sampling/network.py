@@ -1,0 +1,84 @@
+"""The model as a denoising step needs it: logits at some rows, with loops that may differ, guidance, and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..config import check_loops
+from ..errors import InputError
+from ..model import denoiser
+from ..model.denoiser import Denoiser
+from ..model.depth import Depth, ExitRule
+from .generation import Generation
+
+Loops = int | Callable[[Tensor], Tensor]
+"""S, or a callable from shares of masked tokens, float64 [N], to int64 [N]."""
+
+
+class Network:
+    """The model with its loops and guidance; counts what it does into `result`."""
+
+    def __init__(
+        self, model: Denoiser, num_loops: Loops, early_exit: ExitRule | None, cfg_scale: float, never: tuple[int, ...]
+    ) -> None:
+        self.model, self.num_loops, self.early_exit = model, num_loops, early_exit
+        self.cfg_scale, self.never = cfg_scale, never
+        self.result: Generation
+
+    def logits(self, tokens: Tensor, real: Tensor, given: Tensor, share: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        """Logits [rows.sum(), V] at `rows` of a batch, suppressed ids at -inf; its loops go into `self.visits`.
+
+        Args:
+            tokens, real, given, rows: [N, T]; share: of masked tokens, [N]; sigma: noise level [N].
+        """
+        S = self._loops(share)
+        padding = None if bool(real.all()) else real
+        if self.cfg_scale:
+            tokens = torch.cat((tokens, tokens.masked_fill(given, self.model.mask_id)))
+            padding = padding if padding is None else padding.repeat(2, 1)
+            sigma, S = sigma.repeat(2), S.repeat(2) if isinstance(S, Tensor) else S
+        hidden, self.visits = self._hidden(tokens, padding, S, sigma)
+        if self.cfg_scale:
+            wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            conditional, blind = wide.chunk(2)
+            hidden = (blind + (self.cfg_scale + 1) * (conditional - blind)).to(hidden.dtype)
+        logits = denoiser.logits_at(self.model, hidden, rows)
+        self._count(tokens.shape[1], len(logits))
+        return denoiser.suppress(logits, self.never)
+
+    def _loops(self, share: Tensor) -> int | Tensor:
+        if isinstance(self.num_loops, int):
+            return self.num_loops
+        S = self.num_loops(share)
+        if not isinstance(S, Tensor) or S.dtype != torch.int64 or S.shape != share.shape:
+            raise InputError(f"num_loops gave {S!r}; it must return int64 [{len(share)}], an S for each sequence")
+        low, high = (check_loops(int(x)) for x in S.aminmax())
+        return low if low == high else S.to(share.device)
+
+    def _hidden(self, tokens: Tensor, padding: Tensor | None, S: int | Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden states [N, T, D], loops int64 [N])."""
+        if isinstance(S, int) and self.early_exit is None:
+            hidden = self.model.hidden(tokens, padding, S, sigma)
+            return hidden, torch.full_like(tokens[:, 0], S)
+        if getattr(self.model, "takes_depth", False):
+            depth = Depth(num_loops=S, early_exit=self.early_exit)
+            hidden = self.model.hidden(tokens, padding, depth, sigma)  # type: ignore[arg-type]
+            assert depth.visits is not None
+            return hidden, depth.visits
+        assert isinstance(S, Tensor)  # a model of one S a pass: one pass for each
+        parts = [(s == S).nonzero()[:, 0] for s in S.unique()]
+        done = [
+            self.model.hidden(tokens[i], None if padding is None else padding[i], int(S[i[0]]), sigma[i]) for i in parts
+        ]
+        back = torch.cat(parts).argsort()
+        return torch.cat(done)[back], S
+
+    def _count(self, width: int, rows: int) -> None:
+        self.result.nfe += 1
+        self.result.head_rows += rows
+        self.result.loops_per_step.append(float(self.visits.double().mean()))
+        for S, n in zip(*(x.tolist() for x in self.visits.unique(return_counts=True)), strict=True):
+            self.result.flops += n * self.model.forward_flops(width, S)
