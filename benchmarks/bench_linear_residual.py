@@ -2,8 +2,9 @@
 
     pytest benchmarks/bench_linear_residual.py --benchmark-only
 
-Arms: "eager", what a layer does without it (projection, add, cast and RMS statistics, one kernel each); "torch", the op's
-reference; "triton" (CUDA only). Arms must agree before one is timed; inputs rotate through copies that exceed the L2 cache.
+Arms: "eager", what a layer does without it (projection, add, cast and RMS statistics, one kernel each); "torch", the
+op's reference; "triton" (CUDA only). Arms must agree before one is timed; inputs rotate through copies that exceed the
+L2 cache.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_norm_linear.py --benchmark-only
 
-Arms: "eager", one kernel an operation as layers are written; "torch", the op's reference; "triton" (CUDA only). Arms must
-agree before one is timed; inputs rotate through copies that exceed the L2 cache.
+Arms: "eager", one kernel an operation as layers are written; "torch", the op's reference; "triton" (CUDA only). Arms
+must agree before one is timed; inputs rotate through copies that exceed the L2 cache.
 """
 
 from __future__ import annotations
