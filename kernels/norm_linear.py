@@ -1,4 +1,4 @@
-"""RMS norm, projection and what follows it in one pass: qkv with QK-norm and rotary positions, or up with its activation.
+"""RMS norm, projection and what follows in one pass: qkv with QK-norm and rotary positions, or up and its activation.
 
 The norm is a scale of each row, and a scale passes through a product: norm(x) @ w.T = rstd * (x @ w.T), the gain having
 been folded into w. rstd comes from the sums of squares that `linear_residual` left, so x is read once, in 16 bits.
@@ -117,9 +117,8 @@ def norm_linear_kernel(
         cos = tl.load(cos_ptr + at, mask=turns, other=1.0)
         sin = tl.load(sin_ptr + at, mask=turns, other=0.0)
         y = rotate(y, cos, sin, BLOCK_M, BLOCK_N)
-    if QK_NORM:
-        if not NORM_FIRST:
-            y = tl.where(is_qk, head_norm(y, gain, eps, BLOCK_M, BLOCK_N, HEAD), y)
+    if QK_NORM and not NORM_FIRST:
+        y = tl.where(is_qk, head_norm(y, gain, eps, BLOCK_M, BLOCK_N, HEAD), y)
 
     # 64-bit where the tile starts, 32-bit inside it
     if ACT == "swiglu":

@@ -28,7 +28,7 @@ VARIANTS = {
 
 def plain(layer, config, x, cond, rope):
     """The folded layer in bare torch, reading the stream's own statistics."""
-    B, T, D = x.shape
+    B, T, _ = x.shape
     paired = rope is not None and config.rope_layout == "half"
     folded = fold(layer, cond, x.dtype, paired)
     if config.norm == "layernorm":

@@ -69,7 +69,7 @@ def test_no_races_and_no_stray_accesses(
 
 @pytest.mark.parametrize("swath", [1, 2, 3, 8])
 def test_every_tile_is_visited_once(swath: int) -> None:
-    """5 x 4 tiles in swaths that do not divide them; a tile left out would leave NaN, one done twice shows nowhere else."""
+    """5 x 4 tiles in swaths that do not divide them; a tile left out would leave NaN."""
     inputs = problem(80, 16, 256, FP32, FP32)
     tile = tile_list({**SMALL, "swath": swath})
     out, _, squares = module._fused_op(*inputs.values(), tile)

@@ -6,8 +6,8 @@
                                                          LayerNorm would remove is removed from every writer's weights
     rotary pairs i, i + hd/2 of q and k, gate and up ->  neighbours: scores do not see the order of a head's numbers
 
-All of it is differentiable torch code in at least fp32, and exact up to rounding. Modulation folds only while it is the same for
-every sequence (no time conditioning: DiT's default).
+All of it is differentiable torch code in at least fp32, and exact up to rounding. Modulation folds only while it is the
+same for every sequence (no time conditioning: DiT's default).
 """
 
 from __future__ import annotations

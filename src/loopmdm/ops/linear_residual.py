@@ -71,7 +71,7 @@ def tile_config(numbers: list[int]) -> dict[str, int]:
 
 
 def compute_dtype(tensor: Tensor) -> str:
-    """What a kernel multiplies in: the operands' dtype, but fp32 in the interpreter, whose 16-bit products are wrong."""
+    """What a kernel multiplies in: the operands' dtype; fp32 in the interpreter, whose 16-bit products are wrong."""
     return "float32" if interpreting() else str(tensor.dtype).removeprefix("torch.")
 
 

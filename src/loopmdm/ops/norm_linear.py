@@ -62,7 +62,7 @@ def norm_linear(
         weight: [N, D] in x's dtype.
         bias: [N] of any floating dtype, None for 0.
         eps: added to the mean square.
-        act: "none", "swiglu" (columns in pairs gate, up; silu(gate) * up; N must be even), "gelu_tanh", "gelu", "relu2".
+        act: "none", "swiglu" (columns in pairs gate, up; silu(gate) * up; N even), "gelu_tanh", "gelu" or "relu2".
         heads: for a qkv projection, what to do with its q and k columns; `act` must be "none".
         impl: "auto", "torch" or "triton" (bfloat16, float16, float32).
 
