@@ -111,11 +111,12 @@ def best(
     *,
     impl: str | None = None,
     measured_only: bool = False,
+    but: tuple[str, ...] = (),
 ) -> Row | None:
-    """The first row that covers the problem, or None."""
+    """The first row that covers the problem and is of none of the implementations in `but`, or None."""
     name = str(dtype).removeprefix("torch.")
     for chosen, kind, upto, config, evidence in _candidates(op, arch, impl, measured_only):
-        if kind in ("*", name) and all([size.get(what, 0) <= bound for what, bound in upto]):
+        if kind in ("*", name) and chosen not in but and all([size.get(what, 0) <= bound for what, bound in upto]):
             return Row(op, chosen, arch, kind, dict(upto), dict(config), evidence)
     return None
 

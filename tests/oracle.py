@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,89 @@ def residual_norm(
     if bias is not None:
         normed = normed + bias
     return summed, normed
+
+
+def square_sums(x: Tensor) -> Tensor:
+    """Sums of squares over runs of 64 columns, the last run shorter."""
+    return torch.stack([(part * part).sum(-1) for part in x.split(64, dim=-1)], dim=-1)
+
+
+def linear_residual(h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, stream: torch.dtype) -> Outputs:
+    """(out, its copy, sums of squares); out is stored as `stream`, x's real dtype."""
+    branch = h @ weight.T
+    out = stored(x + (branch if bias is None else branch + bias), stream)
+    return out, out, square_sums(out)
+
+
+def norm_linear(
+    stream: Tensor, weight: Tensor, bias: Tensor | None, eps: float, act: str, heads: Any = None
+) -> Tensor:
+    """From the stream itself, row by row: normalise, project, then rotate pair by pair or activate."""
+    normed = stream / torch.sqrt((stream**2).sum(-1, keepdim=True) / stream.shape[-1] + eps)
+    y = normed @ weight.T
+    y = y if bias is None else y + bias
+    if act == "swiglu":
+        gate, up = y[..., 0::2], y[..., 1::2]
+        return gate / (1 + torch.exp(-gate)) * up
+    if act == "relu2":
+        return torch.where(y > 0, y * y, torch.zeros_like(y))
+    if act == "gelu":
+        return y * (1 + torch.erf(y / math.sqrt(2))) / 2
+    if act == "gelu_tanh":
+        return y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))) / 2
+    return y if heads is None else _heads(y, heads, eps)
+
+
+def _heads(y: Tensor, heads: Any, eps: float) -> Tensor:
+    rows = y.reshape(-1, y.shape[-1]).clone()
+    for r, row in enumerate(rows):
+        for head in range(heads.query + heads.key):
+            part = row[head * heads.dim : (head + 1) * heads.dim].clone()
+            gain = heads.q_gain if head < heads.query else heads.k_gain
+            if gain is not None and heads.norm_first:
+                part = part / torch.sqrt((part**2).mean() + eps) * gain.double()
+            if heads.cos is not None:
+                cos, sin = (table[r % len(table)].double() for table in (heads.cos, heads.sin))
+                turned = torch.view_as_complex(part.reshape(-1, 2)) * torch.complex(cos, sin)
+                part = torch.view_as_real(turned).reshape(-1)
+            if gain is not None and not heads.norm_first:
+                part = part / torch.sqrt((part**2).mean() + eps) * gain.double()
+            rows[r, head * heads.dim : (head + 1) * heads.dim] = part
+    return rows.reshape(y.shape)
+
+
+def loop_boundary(
+    x: Tensor, x0: Tensor | None, gain: Tensor | None, previous: Tensor | None, eps: float, stream: torch.dtype
+) -> Outputs:
+    """(out, its copy, sums of squares, (x - previous)² and x² of each token, where there is a previous)."""
+    out = x
+    if x0 is not None:
+        summed = stored(x + x0, stream)
+        normed = summed / torch.sqrt((summed**2).mean(-1, keepdim=True) + eps)
+        out = stored(normed if gain is None else normed * gain, stream)
+    change = [] if previous is None else [torch.stack((((x - previous) ** 2).sum(-1), (x**2).sum(-1)), dim=-1)]
+    return out, out, square_sums(out), *change
+
+
+
+def attention(
+    qkv: Tensor, heads: int, groups: int, first: Tensor | None = None, last: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H hd], log-sum-exp [B, H, T]), one query at a time over the keys it may look at."""
+    batch, tokens, _, head_dim = qkv.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    outs, lses = [], []
+    for b in range(batch):
+        for i in range(tokens):
+            begin, end = (0, tokens) if first is None or last is None else (max(int(first[b, i]), 0), int(last[b, i]))
+            for h in range(heads):
+                key = heads + h // (heads // groups)
+                seen = qkv[b, begin : max(begin, end)]
+                scores = scale * (seen[:, key] @ qkv[b, i, h])
+                lses.append(torch.logsumexp(scores, 0) if len(seen) else scores.new_full((), -torch.inf))
+                outs.append(torch.softmax(scores, 0) @ seen[:, key + groups] if len(seen) else 0 * qkv[b, i, h])
+    out = torch.stack(outs).view(batch, tokens, heads * head_dim)
+    return out, torch.stack(lses).view(batch, tokens, heads).transpose(1, 2)
 
 
 def stored(value: Tensor, dtype: torch.dtype) -> Tensor:

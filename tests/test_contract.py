@@ -38,12 +38,12 @@ def test_files_of_an_op_come_together(name: str) -> None:
         assert name in (ROOT / "csrc" / "bindings.cpp").read_text()
     assert op.call.__name__ == name
     assert "Raises:" in (op.call.__doc__ or "") and "impl" in (op.call.__doc__ or "")
-    assert op.impls[0] == "torch" and set(op.impls) <= set(IMPLS)
+    assert op.impls[0] == "torch" and (op.library is not None or set(op.impls) <= set(IMPLS))
     assert set(op.dtypes) <= set(op.tolerance)
 
 
 def test_no_kernel_or_table_without_an_op() -> None:
-    helpers = {"__init__", "tuned"}
+    helpers = {"__init__", "tuned", "gemm"}
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.py")} - helpers
     assert kernels | {path.stem for path in (ROOT / "kernels" / "tables").glob("*.json")} <= set(OPS)
 
@@ -168,6 +168,41 @@ def test_a_row_holds_inside_its_bounds_and_the_first_wins(table: Callable[..., N
     assert elsewhere is None
 
 
+@pytest.mark.usefixtures("built")
+def test_a_refused_problem_goes_to_the_next_row(table: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an explicit name says why; the first reason is the one that is kept."""
+    monkeypatch.setattr(Op, "verify", lambda *problem: None)
+    table(MEASURED | {"impl": "theirs"}, MEASURED | {"upto": {"rows": 8}, "config": {"tile": 3}})
+    op, _ = doubled()
+    op = dataclasses.replace(op, impls=(*op.impls, "theirs"), library=lambda impl, device: None)
+
+    def refuses(impl: str) -> str | None:
+        return "it is odd" if impl == "theirs" else None
+
+    assert op.choose("auto", CPU, FP32, rows=8).impl == "theirs"
+    assert op.choose("auto", CPU, FP32, refuses, rows=8) == contract.Choice("cpp", {"tile": 3}, MEASURED["evidence"])
+    assert op.choose("auto", CPU, FP32, refuses, rows=9) == contract.Choice("torch", {}, "it is odd")
+    with pytest.raises(InputError, match="doubled: impl='theirs' cannot run: it is odd"):
+        op.choose("theirs", CPU, FP32, refuses, rows=8)
+
+
+def test_a_library_says_itself_where_it_runs(table: Callable[..., None]) -> None:
+    table(MEASURED | {"impl": "theirs"})
+    op, _ = doubled()
+    op = dataclasses.replace(op, impls=("torch", "theirs"), library=lambda impl, device: f"no {impl} on {device.type}")
+    assert op.choose("auto", CPU, FP32) == contract.Choice("torch", {}, "no theirs on cpu")
+    with pytest.raises(InputError, match="doubled: impl='theirs' cannot run here: no theirs on cpu"):
+        op.choose("theirs", CPU, FP32)
+
+
+def test_self_check_passes_over_examples_that_are_refused() -> None:
+    op, _ = doubled(error=1.0)
+    assert op.deviation("cpp", CPU, FP32) > 0.5
+    op = dataclasses.replace(op, refuses=lambda impl, x: "never")
+    assert op.taken("cpp", CPU, FP32) == () and op.taken("torch", CPU, FP32) == op.examples
+    assert "cpp takes no example in torch.float32" in (op.verify("cpp", CPU, FP32) or "")
+
+
 def test_every_shipped_gpu_row_is_passed_over_until_measured() -> None:
     for name, row in ROWS:
         if not row.measured and row.impl != "torch":
@@ -183,7 +218,7 @@ def test_forced_impl_says_why_it_cannot_run(name: str) -> None:
         op.choose("tirton", CPU, FP32)
     assert op.choose("torch", CPU, FP32).impl == "torch"
     for impl in op.impls:
-        reason = unavailable(impl, CPU)
+        reason = op.unavailable(impl, CPU)
         if reason is not None:
             with pytest.raises(InputError, match=re.escape(f"{name}: impl={impl!r} cannot run here: {reason}")):
                 op.choose(impl, CPU, FP32)

@@ -121,7 +121,7 @@ def _choice(op: contract.Op, device: torch.device, dtype: torch.dtype) -> dict[s
 
 
 def _why_not(op: contract.Op, impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    reason = contract.unavailable(impl, device)
+    reason = op.unavailable(impl, device)
     if reason is not None:
         return reason
     row = tuned.best(op.name, tuned.arch(device), dtype, {}, impl=impl)

@@ -16,8 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopmdm.ops.contract import Op, all_ops, unavailable
+from loopmdm.ops.attention import OP as ATTENTION
+from loopmdm.ops.attention import attention
+from loopmdm.ops.contract import IMPLS, Op, all_ops, unavailable
 from loopmdm.ops.residual_norm import KINDS, residual_norm
+from loopmdm.ops.spans import spans_of
 
 from .. import oracle
 
@@ -30,20 +33,27 @@ FUSED = [
     pytest.param(op, impl, id=f"{name}-{impl}")
     for name, op in all_ops().items()
     for impl in op.impls
-    if impl in ("triton", "cuda")
+    if impl in ("triton", "cuda") or impl not in IMPLS
 ]
 TRITON_NORM = pytest.mark.skipif(unavailable("triton", GPU) is not None, reason=f"{unavailable('triton', GPU)}")
 
 
 def ready(op: Op, impl: str) -> None:
-    reason = unavailable(impl, GPU)
+    reason = op.unavailable(impl, GPU)
     if reason is not None:
         pytest.skip(f"{op.name}: {reason}")
 
 
-def problems(op: Op, seed: int) -> list[dict[str, Any]]:
-    """Every example of an op in every dtype."""
-    return [e(GPU, dtype, torch.Generator().manual_seed(seed)) for dtype in op.dtypes for e in op.examples]
+def dtypes(op: Op, impl: str) -> list[torch.dtype]:
+    """Those in which the implementation takes an example."""
+    return [dtype for dtype in op.dtypes if op.taken(impl, GPU, dtype)]
+
+
+def problems(op: Op, impl: str, seed: int) -> list[dict[str, Any]]:
+    """Every example that the implementation takes, in every dtype."""
+    return [
+        e(GPU, dtype, torch.Generator().manual_seed(seed)) for dtype in op.dtypes for e in op.taken(impl, GPU, dtype)
+    ]
 
 
 def outputs(op: Op, impl: str, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -62,7 +72,8 @@ def no_syncs() -> Iterator[None]:
 @pytest.mark.parametrize("op, impl", FUSED)
 def test_1_agrees_with_torch(op: Op, impl: str) -> None:
     ready(op, impl)
-    for dtype in op.dtypes:
+    assert dtypes(op, impl), "no example is taken"
+    for dtype in dtypes(op, impl):
         for seed in range(3):
             gap = op.deviation(impl, GPU, dtype, seed)
             assert gap <= op.tolerance[dtype], f"{dtype}, seed {seed}: {gap:.2e}"
@@ -71,7 +82,7 @@ def test_1_agrees_with_torch(op: Op, impl: str) -> None:
 @pytest.mark.parametrize("op, impl", FUSED)
 def test_2_same_bits_twice(op: Op, impl: str) -> None:
     ready(op, impl)
-    for dtype in op.dtypes:
+    for dtype in dtypes(op, impl):
         for a, b in zip(op.results(impl, GPU, dtype), op.results(impl, GPU, dtype), strict=True):
             assert torch.equal(a, b)
 
@@ -81,7 +92,7 @@ def test_3_self_check_and_auto(op: Op, impl: str) -> None:
     ready(op, impl)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for dtype in op.dtypes:
+        for dtype in dtypes(op, impl):
             assert op.verify(impl, GPU, dtype) is None
             assert op.deviation("auto", GPU, dtype) <= op.tolerance[dtype]
 
@@ -90,7 +101,7 @@ def test_3_self_check_and_auto(op: Op, impl: str) -> None:
 def test_4_never_waits_for_the_host(op: Op, impl: str, no_syncs: None) -> None:
     ready(op, impl)
     torch.cuda.set_sync_debug_mode("default")
-    for kwargs in problems(op, 0):
+    for kwargs in problems(op, impl, 0):
         outputs(op, impl, kwargs)  # compiles and loads
         torch.cuda.set_sync_debug_mode("error")
         outputs(op, impl, kwargs)
@@ -100,7 +111,7 @@ def test_4_never_waits_for_the_host(op: Op, impl: str, no_syncs: None) -> None:
 @pytest.mark.parametrize("op, impl", FUSED)
 def test_5_graph_capture_and_replay_on_new_inputs(op: Op, impl: str) -> None:
     ready(op, impl)
-    for static, fresh in zip(problems(op, 0), problems(op, 1), strict=True):
+    for static, fresh in zip(problems(op, impl, 0), problems(op, impl, 1), strict=True):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(side):
@@ -174,3 +185,68 @@ def test_8_residual_norm_training_step_in_a_graph() -> None:
     graph.replay()
     for a, b in zip(captured, step(), strict=True):
         assert torch.equal(a, b)
+
+
+def half_of(tokens: int) -> tuple[Tensor, Tensor]:
+    """Spans of two sequences: one padded on the left, one of four documents."""
+    real = torch.ones(2, tokens, dtype=torch.bool)
+    real[0, : tokens // 3] = False
+    ids = torch.zeros(2, tokens, dtype=torch.int64)
+    ids[1] = torch.arange(tokens) * 4 // tokens
+    spans = spans_of(real, ids)
+    assert spans is not None
+    return spans.first.to(GPU), spans.last.to(GPU)
+
+
+@TRITON_NORM
+@pytest.mark.parametrize("spans", [False, True], ids=["all", "spans"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
+@pytest.mark.parametrize("tokens, head_dim", [(1, 64), (128, 32), (129, 64), (1000, 128), (2048, 64)])
+def test_9_attention_at_size(tokens: int, head_dim: int, dtype: torch.dtype, spans: bool) -> None:
+    """Against float64, and no less accurate than torch."""
+    qkv = torch.randn(2, tokens, 8, head_dim, device=GPU).to(dtype)
+    ends = half_of(tokens) if spans else None
+    with torch.no_grad():
+        want = attention(qkv.double(), 4, 2, ends, impl="torch")
+        ours, torchs = (oracle.error(attention(qkv, 4, 2, ends, impl=impl), want) for impl in ("triton", "torch"))
+    assert ours <= 1.2 * torchs + 2e-6, f"{ours:.2e}, torch {torchs:.2e}"
+
+
+@TRITON_NORM
+def test_9_attention_compiles_once_for_every_length() -> None:
+    from loopmdm.kernels.attention import attention_kernel
+
+    def compiled() -> int:
+        return len(attention_kernel.device_caches[GPU.index][0])
+
+    with torch.no_grad():
+        before = compiled()
+        for batch, tokens in [(1, 129), (2, 144), (3, 1000), (16, 256), (1, 2048)]:
+            attention(torch.randn(batch, tokens, 9, 64, device=GPU, dtype=BF16), 3, 3, impl="triton")
+        assert compiled() == before + 1
+
+
+@TRITON_NORM
+def test_9_attention_beyond_32_bit_offsets() -> None:
+    batch, tokens = 180, 4096
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("2³¹ elements need 16 GiB of free GPU memory")
+    qkv = torch.randn(batch, tokens, 48, 64, device=GPU, dtype=BF16)
+    with torch.no_grad():
+        out = attention(qkv, 16, 16, impl="triton")[-1]
+        want = attention(qkv[-1:], 16, 16, impl="torch")[0]
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("impl", [impl for impl in ATTENTION.impls if impl not in ("torch", "triton")])
+def test_9_attention_gradients_of_libraries(impl: str) -> None:
+    ready(ATTENTION, impl)
+    for example in ATTENTION.taken(impl, GPU, BF16):
+        kwargs = example(GPU, BF16, torch.Generator().manual_seed(0))
+        kwargs["qkv"].requires_grad_()
+        weight = torch.randn_like(attention(**kwargs, impl="torch"))
+        grads = [
+            torch.autograd.grad((attention(**kwargs, impl=which) * weight).sum(), kwargs["qkv"])[0]
+            for which in (impl, "torch")
+        ]
+        assert oracle.error(grads[0], grads[1].double()) < 2e-2

@@ -93,6 +93,45 @@ def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
+def in_bounds(monkeypatch: pytest.MonkeyPatch, tensors: Callable[[], list[Tensor]]) -> Iterator[None]:
+    """Every address that a kernel touches, even one whose value it then drops, lies in one of the tensors.
+
+    A buffer of `canaries` counts with its bands, which look after themselves.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+
+    def check(pointers: Any, mask: Any) -> None:
+        addresses = pointers.data[mask.data].astype("int64")
+        if not addresses.size:
+            return
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors() if t.numel())
+        starts = torch.tensor([a for a, _ in spans])
+        ends = torch.tensor([b for _, b in spans])
+        touched = torch.from_numpy(addresses)
+        owner = torch.searchsorted(starts, touched, right=True) - 1
+        stray = (owner < 0) | (touched + size > ends[owner.clamp(min=0)])
+        assert not stray.any(), f"{int(stray.sum())} of {touched.numel()} addresses lie in no tensor of the launch"
+
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "create_masked_load", checked_load)
+        patch.setattr(builder, "create_masked_store", checked_store)
+        yield
+
+
+@contextlib.contextmanager
 def reversed_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Launches run their programs from the last to the first."""
     from triton.runtime import interpreter
@@ -112,7 +151,9 @@ def launch(monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[Tensor, ..
     """Run a launcher on guarded inputs, in both orders, between canaries; the two results must be the same bits."""
     args = tuple(guarded(a) if isinstance(a, Tensor) else a for a in args)
     with canaries(monkeypatch) as buffers:
-        result = call(*args)
+        inputs = [a for a in args if isinstance(a, Tensor)]
+        with in_bounds(monkeypatch, lambda: [*inputs, *buffers]):
+            result = call(*args)
         assert buffers, "the launcher allocates by other means than torch.empty: teach `canaries` about them"
         with reversed_programs(monkeypatch):
             again = call(*args)

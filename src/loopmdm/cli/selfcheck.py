@@ -14,7 +14,7 @@ def options(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from ..ops.contract import all_ops, unavailable
+    from ..ops.contract import all_ops
 
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     rows: list[tuple[str, ...]] = [("op", "impl", "device", "dtype", "deviation", "allowed", "verdict")]
@@ -22,12 +22,14 @@ def run(options: argparse.Namespace) -> int:
     for name, op in sorted(all_ops().items()):
         for impl in op.impls:
             for device in devices if impl != "torch" else ():
-                reason = unavailable(impl, device)
+                reason = op.unavailable(impl, device)
                 if reason is not None:
                     verdicts.append("not run")
                     rows.append((name, impl, str(device), "", "", "", f"not run: {reason}"))
                     continue
                 for dtype in op.dtypes:
+                    if not op.taken(impl, device, dtype):
+                        continue
                     allowed = op.tolerance.get(dtype, 0.0)
                     try:
                         gap = op.deviation(impl, device, dtype)

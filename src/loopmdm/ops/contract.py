@@ -10,7 +10,8 @@ path), the torch.library registration, and one `OP = Op(...)`. Everything else f
     tests/test_x.py             against the float64 oracle
     benchmarks/bench_x.py       against the unfused reference
 
-`impl` is one of "auto", "torch", "triton", "cuda", "cpp". "auto" uses an implementation only where a row of
+`impl` is one of "auto", "torch", "triton", "cuda", "cpp", or a library's kernel that the op names itself
+(`Op.library`). "auto" uses an implementation only where a row of
 the table says it was *measured* faster on this architecture; everything else gets torch. Before the
 first automatic use on a device the implementation is compared with torch on a small random
 problem; on a mismatch or a launch error it is switched off for the process, with one warning.
@@ -95,6 +96,10 @@ class Op:
         dtypes: dtypes of the example for which the op is defined.
         tolerance: largest allowed max|a-b| / max|b| between `impl` and torch, by dtype; 0 means equal.
         grads: names of the examples' tensors that get gradients (compared too).
+        library: `(impl, device) -> why it cannot run there, or None`, for the impls that are none of `IMPLS`: kernels
+            of other libraries.
+        refuses: `(impl, **kwargs of call) -> why impl cannot take this problem, or None`; an op without it takes
+            with every impl whatever its examples show.
     """
 
     name: str
@@ -104,43 +109,81 @@ class Op:
     dtypes: tuple[torch.dtype, ...]
     tolerance: Mapping[torch.dtype, float]
     grads: tuple[str, ...] = ()
+    library: Callable[[str, torch.device], str | None] | None = None
+    refuses: Callable[..., str | None] | None = None
 
-    def choose(self, impl: str, device: torch.device, dtype: torch.dtype, **size: int) -> Choice:
-        """Decide what runs. `size` names the shape's numbers that the table's rows bound.
+    def choose(
+        self,
+        impl: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        refuses: Callable[[str], str | None] | None = None,
+        **size: int,
+    ) -> Choice:
+        """Decide what runs.
+
+        Args:
+            impl: "auto" or a name; device, dtype: the problem's.
+            refuses: why an impl cannot take this very problem, or None; "auto" then goes on to the table's next row.
+            size: the shape's numbers that the table's rows bound.
 
         Raises:
-            InputError: an explicit `impl` that does not exist for this op or cannot run here.
+            InputError: an explicit `impl` that does not exist for this op, cannot run here or refuses the problem.
         """
         if impl == "torch":
             return Choice("torch", why="asked for")
         if impl != "auto":
             if impl not in self.impls:
                 raise InputError(f"{self.name} has no impl {impl!r}{nearest(impl, ('auto', *self.impls))}")
-            reason = unavailable(impl, device)
+            reason = self.unavailable(impl, device)
             if reason is not None:
                 raise InputError(f"{self.name}: impl={impl!r} cannot run here: {reason}")
+            reason = refuses(impl) if refuses is not None else None
+            if reason is not None:
+                raise InputError(f"{self.name}: impl={impl!r} cannot run: {reason}")
             row = tuned.best(self.name, tuned.arch(device), dtype, size, impl=impl)
             return Choice(impl, row.config if row else {}, "asked for")
-        row = tuned.best(self.name, tuned.arch(device), dtype, size, measured_only=True)
-        if row is None or row.impl == "torch":
-            return Choice("torch", why="no faster implementation was measured here" if row is None else row.evidence)
-        reason = unavailable(row.impl, device) or self.verify(row.impl, device, dtype)
-        if reason is not None:
-            return Choice("torch", why=reason)
-        return Choice(row.impl, row.config, row.evidence)
+        passed_over: tuple[str, ...] = ()
+        why = None
+        while True:
+            row = tuned.best(self.name, tuned.arch(device), dtype, size, measured_only=True, but=passed_over)
+            if row is None or row.impl == "torch":
+                found = "no faster implementation was measured here" if row is None else row.evidence
+                return Choice("torch", why=why or found)
+            reason = self.unavailable(row.impl, device) or (refuses(row.impl) if refuses is not None else None)
+            reason = reason or self.verify(row.impl, device, dtype)
+            if reason is None:
+                return Choice(row.impl, row.config, row.evidence)
+            passed_over, why = (*passed_over, row.impl), why or reason
+
+    def unavailable(self, impl: str, device: torch.device) -> str | None:
+        """Return why `impl` cannot run on `device`, or None when it can."""
+        return unavailable(impl, device) if impl in IMPLS or self.library is None else self.library(impl, device)
 
     def verify(self, impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """First-use self-check, cached: None when `impl` agrees with torch, else the reason."""
         return _verify(self, impl, device.type, device.index, dtype)
 
+    def taken(self, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Example, ...]:
+        """The examples that `impl` takes; all of them for most."""
+        if self.refuses is None or impl == "torch":
+            return self.examples
+        return tuple(e for e in self.examples if self.refuses(impl, **e(device, dtype, torch.Generator())) is None)
+
     def deviation(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> float:
         """Largest max|a-b|/max|b| over outputs and gradients of `impl` against torch on the examples."""
-        got, want = (self.results(which, device, dtype, seed) for which in (impl, "torch"))
+        taken = self.taken(impl, device, dtype)
+        got, want = (self._results(taken, which, device, dtype, seed) for which in (impl, "torch"))
         return max((_relative(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
 
     def results(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
-        """Outputs and gradients of every example under `impl`."""
-        return [t for example in self.examples for t in self._run(example, impl, device, dtype, seed)]
+        """Outputs and gradients of every example that `impl` takes."""
+        return self._results(self.taken(impl, device, dtype), impl, device, dtype, seed)
+
+    def _results(
+        self, examples: tuple[Example, ...], impl: str, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> list[torch.Tensor]:
+        return [t for example in examples for t in self._run(example, impl, device, dtype, seed)]
 
     def _run(
         self, example: Example, impl: str, device: torch.device, dtype: torch.dtype, seed: int
@@ -179,6 +222,8 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def _verify(op: Op, impl: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
     try:
+        if not op.taken(impl, device, dtype):
+            return f"{op.name}: {impl} takes no example in {dtype}, so nothing would check it"
         gap = op.deviation(impl, device, dtype)
     except Exception as error:  # a launch error must cost speed, never the user's run
         reason = f"{op.name}: {impl} failed its self-check ({type(error).__name__}: {error})"

@@ -1,0 +1,115 @@
+"""attention: every implementation that takes a shape, with and without padding and packed documents.
+
+    pytest benchmarks/bench_attention.py --benchmark-only
+
+Arms: "eager", the formula written out in torch (scores in memory), and every impl of the op that runs here. Forward
+only. An arm must agree with torch before it is timed. Inputs are random and, on CUDA, rotate through copies that
+together exceed the L2 cache. extra_info holds the FLOPs of the ranges that queries look at and the rate that the
+median makes of them: an arm that computes what it masks gains nothing by it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loopmdm.errors import InputError
+from loopmdm.ops.attention import OP, attention
+from loopmdm.ops.spans import Spans, packed, spans_of
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+# B, T, H, G, head_dim: the paper's block, llamas, grouped heads; on a CPU the demo's
+GPU_SHAPES = [
+    (64, 128, 12, 12, 64),
+    (16, 512, 12, 12, 64),
+    (16, 1024, 12, 12, 64),
+    (8, 2048, 12, 12, 64),
+    (4, 4096, 12, 12, 64),
+    (256, 81, 8, 8, 32),
+    (64, 128, 16, 4, 128),
+    (16, 1024, 16, 4, 128),
+    (4, 4096, 16, 16, 128),
+]
+SHAPES = GPU_SHAPES if CUDA else [(36, 64, 4, 4, 16), (2, 256, 12, 12, 64)]
+L2 = 128 << 20  # bytes, above any GPU's today
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a shared machine a second thread measures the wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def eager(qkv: Tensor, heads: int, groups: int, spans: Spans | None) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in qkv.split((heads, groups, groups), dim=2))
+    k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if spans is not None:
+        keys = torch.arange(qkv.shape[1], device=qkv.device)
+        seen = (spans.first[..., None] <= keys) & (keys < spans.last[..., None])
+        scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+    y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return y if spans is None else y * (spans.first < spans.last)[..., None]
+
+
+def layout(name: str, batch: int, tokens: int) -> Spans | None:
+    """Every other sequence half padding on the right, or four documents a row."""
+    real = torch.ones(batch, tokens, dtype=torch.bool, device=DEVICE)
+    real[::2, tokens // 2 :] = False
+    ids = (torch.arange(tokens, device=DEVICE) * 4 // tokens).expand(batch, tokens)
+    spans = {"all": None, "padding": spans_of(real), "documents": spans_of(None, ids)}[name]
+    return None if spans is None else packed(spans)
+
+
+@pytest.mark.parametrize("name", ["eager", *OP.impls])
+@pytest.mark.parametrize("spans", ["all", "padding", "documents"])
+@pytest.mark.parametrize("batch, tokens, heads, groups, head_dim", SHAPES)
+def test_attention(
+    benchmark: Any, batch: int, tokens: int, heads: int, groups: int, head_dim: int, spans: str, name: str
+) -> None:
+    benchmark.group = f"attention {spans} {batch}x{tokens} {heads}/{groups} heads of {head_dim}"
+    ranges = layout(spans, batch, tokens)
+    if name not in ("eager", "torch"):
+        reason = OP.unavailable(name, DEVICE)
+        if reason is not None:
+            pytest.skip(reason)
+    rng = torch.Generator().manual_seed(0)
+    shape = (batch, tokens, heads + 2 * groups, head_dim)
+    size = shape[0] * shape[1] * shape[2] * shape[3] * DTYPE.itemsize
+    problems = [torch.randn(shape, generator=rng).to(DEVICE, DTYPE) for _ in range(max(2, L2 // size) if CUDA else 2)]
+
+    def run(qkv: Tensor) -> Tensor:
+        if name == "eager":
+            return eager(qkv, heads, groups, ranges)
+        return attention(qkv, heads, groups, ranges, impl=name)
+
+    turn = itertools.cycle(problems[:32])
+    with torch.no_grad():
+        try:
+            got = run(problems[0])
+        except InputError as refusal:
+            pytest.skip(str(refusal))
+        want = attention(problems[0], heads, groups, ranges, impl="torch").double()
+        assert (got.double() - want).abs().max() <= (3e-2 if CUDA else 1e-4) * want.abs().max(), "arms disagree"
+
+        def once() -> None:
+            run(next(turn))
+            if CUDA:
+                torch.cuda.synchronize()
+
+        once()
+        benchmark.pedantic(once, rounds=100 if CUDA else 20, warmup_rounds=10 if CUDA else 2)
+    seen = batch * tokens**2 if ranges is None else int((ranges.last - ranges.first).sum())
+    benchmark.extra_info["flops"] = 4 * heads * head_dim * seen
+    if benchmark.stats:
+        benchmark.extra_info["TFLOP/s"] = round(4 * heads * head_dim * seen / benchmark.stats["median"] / 1e12, 3)
