@@ -7,9 +7,8 @@ sums that tell how far a visit moved the sequence, for early exit.
 
 For R rows of D columns, an fp32 stream, 16-bit copy:
 
-    unfused  add reads x, x0, writes the sum; norm reads it, writes out; a cast reads out, writes
-             the copy; the next norm reads out for its statistics; the exit reads x and the
-             previous x, twice                                                       R D (12 + 8 + 6 + 4 + 16)
+    unfused  add reads x, x0, writes the sum; norm reads it, writes out; the exit reads x and the
+             previous x for the difference and again for the norm                    R D (12 + 8 + 16)
     fused    reads x, x0, the previous x, writes out, the copy and D/64 + 2 numbers  R D (12 + 6)
 """
 

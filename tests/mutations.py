@@ -1,6 +1,6 @@
 """Break the code one line at a time and demand that the named tests turn red.
 
-    python tests/mutations.py [--list] [-k SUBSTRING] [--jobs N]
+    python tests/mutations.py [--list] [-k SUBSTRING] [--part I/N] [--jobs N]
 
 Reads tests/mutations/*.json: [{"file", "old", "new", "tests", "interpret", "rebuild"}]. Every job works on its
 own copy of the repository, which shadows an installed loopmdm through PYTHONPATH; the working tree is never touched.
@@ -157,9 +157,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print the mutations and stop")
     parser.add_argument("-k", default="", metavar="SUBSTRING", help="only those with this in name, file or old text")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th of them from number I modulo N on")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     options = parser.parse_args()
-    mutations = load(options.k)
+    number, parts = map(int, options.part.split("/"))
+    mutations = load(options.k)[number % parts :: parts]
     if options.list:
         for m in mutations:
             print(f"{m.name:<20} {m.file}: {' '.join(m.old.split())[:70]}")

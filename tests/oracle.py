@@ -47,9 +47,7 @@ def linear_residual(h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, s
     return out, out, square_sums(out)
 
 
-def norm_linear(
-    stream: Tensor, weight: Tensor, bias: Tensor | None, eps: float, act: str, heads: Any = None
-) -> Tensor:
+def norm_linear(stream: Tensor, weight: Tensor, bias: Tensor | None, eps: float, act: str, heads: Any = None) -> Tensor:
     """From the stream itself, row by row: normalise, project, then rotate pair by pair or activate."""
     normed = stream / torch.sqrt((stream**2).sum(-1, keepdim=True) / stream.shape[-1] + eps)
     y = normed @ weight.T
@@ -97,9 +95,13 @@ def loop_boundary(
     return out, out, square_sums(out), *change
 
 
-
 def attention(
-    qkv: Tensor, heads: int, groups: int, first: Tensor | None = None, last: Tensor | None = None, scale: float | None = None
+    qkv: Tensor,
+    heads: int,
+    groups: int,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, H hd], log-sum-exp [B, H, T]), one query at a time over the keys it may look at."""
     batch, tokens, _, head_dim = qkv.shape
