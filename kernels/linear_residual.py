@@ -6,7 +6,8 @@ For R rows, D columns and K inputs, the stream of a bytes an element, 16-bit ope
     fused    reads x, writes x, its 16-bit copy and one sum of squares for each 64 columns  R D (2a + 2 + 4/64)
 
 beside reading h and weight, the same in both. With an fp32 stream 12 -> 10.1 bytes an element; the larger gain is that
-the norm that follows need not read x (`norm_linear` counts it). FLOPs are 2 R D K in both. The next GEMM reads the copy and scales its rows by the norm's 1/rms (`norm_linear`): normed is never stored.
+the norm that follows need not read x (`norm_linear` counts it). FLOPs are 2 R D K in both. The next GEMM reads the copy
+and scales its rows by the norm's 1/rms (`norm_linear`): normed is never stored.
 
 Sums of squares are those of the stream as stored, one fp32 number for each row and 64 columns, each written by one
 program: no atomics, and the same bits whatever the tile.

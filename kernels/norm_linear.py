@@ -13,7 +13,7 @@ For R rows, D inputs, N columns (16-bit operands, an fp32 stream), bytes beside 
           fused    reads the copy, writes N / 2 (gated) or N                           R (2D + N)
 
 FLOPs are 2 R D N in both. Columns come in pairs (2i, 2i + 1) that one thread holds: the two that rotate together, or a
-gate and its up. `loopmdm.model.fused` orders the weights' rows so; attention does not care in what order
+gate and its up. `loopmdm.model.fold` orders the weights' rows so; attention does not care in what order
 q and k both keep a head's numbers.
 """
 

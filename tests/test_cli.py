@@ -49,7 +49,10 @@ def test_version(capsys):
 def test_bad_command_lines(capsys):
     assert refused(capsys, "trian") == "unknown command 'trian'; did you mean 'train'?"
     assert "--data and --out must be given, or --resume; see `loopmdm train --help`" in refused(capsys, "train")
-    assert "unrecognized arguments: --jsn" in refused(capsys, "info", "--jsn")
+    said = refused(capsys, "info", "--jsn")
+    assert said == "unrecognized arguments: --jsn, perhaps --json; see `loopmdm info --help`"
+    assert refused(capsys, "info", "x") == "unrecognized arguments: x; see `loopmdm info --help`"
+    assert "--xyz; see `loopmdm --help`" in refused(capsys, "--xyz")
     assert "invalid int value: 'x'" in refused(capsys, "flops", "--length", "x")
 
 

@@ -1,5 +1,6 @@
 """loopmdm eval and loopmdm schedule: what they print and write, and a sentence for everything that is wrong."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -99,8 +100,9 @@ def test_one_window_has_no_error(capsys, checkpoint, text, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--loops", "0"], "num_loops is 0"),
+        (["--loops", "0"], "--loops is 0"),
         (["--loops", "x"], "--loops is 'x'"),
+        (["--loops", ""], "--loops is ''"),
         (["--bound", "counts"], "bound is 'counts'"),
         (["--samples", "0"], "samples is 0"),
         (["--windows", "0"], "windows is 0"),
@@ -118,8 +120,9 @@ def test_one_window_has_no_error(capsys, checkpoint, text, tmp_path):
         (["--data", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_eval_refuses(capsys, words, extra, message):
-    assert message in refused(capsys, *words, *extra)
+def test_eval_refuses_before_it_measures(capsys, words, extra, message):
+    status, out, err = run(capsys, *words, *extra)
+    assert status == 2 and message in err and err.count("\n") == 1 and out == ""
 
 
 def test_eval_refuses_other_tokenizers_and_missing_packages(capsys, words, tmp_path, monkeypatch):
@@ -127,7 +130,8 @@ def test_eval_refuses_other_tokenizers_and_missing_packages(capsys, words, tmp_p
 
     live(tiny(vocab_size=4, mask_token_id=3, max_position_embeddings=40)).save_pretrained(tmp_path)
     build_tokenizer("char", "abc").save(str(tmp_path / "tokenizer.json"))
-    assert "have different tokenizers" in refused(capsys, *words, "--compare", tmp_path)
+    status, out, err = run(capsys, *words, "--compare", tmp_path)
+    assert status == 2 and "have different tokenizers" in err and out == ""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert refused(capsys, *words, "--plot", tmp_path / "a.png") == (
         'this needs matplotlib; pip install "loopmdm[plot]"'
@@ -176,7 +180,8 @@ def test_schedule_elsewhere(capsys, copy, text, tmp_path):
         (["--budget", "1.5"], "--budget is 1.5"),
         (["--budget", "0.1"], "the smallest S alone takes"),
         (["--loops", "2"], "only S = 2 to choose from"),
-        (["--loops", "0,2"], "num_loops is 0"),
+        (["--loops", "0,2"], "--loops is 0"),
+        (["--samples", "0"], "samples is 0"),
         (["--bins", "0"], "bins is 0"),
         (["--windows", "3"], "3 windows cannot be split"),
         (["--out", "no/where.json"], "there is no folder no"),
@@ -186,8 +191,17 @@ def test_schedule_elsewhere(capsys, copy, text, tmp_path):
 def test_schedule_refuses(capsys, copy, text, extra, message):
     before = sorted(p.name for p in copy.iterdir())
     words = ["schedule", copy, "--data", text, "--length", "16", "--windows", "6", "--samples", "1", "--bins", "2"]
-    assert message in refused(capsys, *words, *extra)
+    status, out, err = run(capsys, *words, *extra)
+    assert status == 2 and message in err and err.count("\n") == 1 and out == ""
     assert sorted(p.name for p in copy.iterdir()) == before
+
+
+def test_a_shorter_model_is_compared_in_shorter_windows(capsys, words, copy):
+    model, _ = load(copy)
+    live(dataclasses.replace(model.config, max_position_embeddings=12)).save_pretrained(copy)
+    status, out, err = run(capsys, *words, "--compare", copy)
+    assert status == 2 and "more than the 12 of" in err and out == ""
+    assert run(capsys, *words, "--compare", copy, "--length", "12")[0] == 0
 
 
 def test_schedule_of_an_unlooped_model(capsys, tmp_path, text):

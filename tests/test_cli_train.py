@@ -1,5 +1,6 @@
 """`loopmdm train`: what it makes and prints, and one clear sentence for everything that is wrong."""
 
+import io
 import json
 import math
 import os
@@ -12,7 +13,9 @@ from dataclasses import fields
 
 import pytest
 import torch
+from rich.console import Console
 
+from loopmdm import cli
 from loopmdm.cli import common
 from loopmdm.config import PRESETS
 from loopmdm.diffusion.bounds import likelihood
@@ -22,7 +25,8 @@ from loopmdm.lab.data import build_tokenizer
 from loopmdm.lab.feed import AnswerFeed
 from loopmdm.lab.recipe import Recipe
 from loopmdm.lab.sample import load
-from loopmdm.lab.state import Checkpoints
+from loopmdm.lab.sft import SFTData
+from loopmdm.lab.state import Checkpoints, read
 from loopmdm.lab.text_run import Settings
 from loopmdm.model.lm import LoopMDM
 
@@ -127,7 +131,7 @@ def test_warns_when_loops_do_nothing(capsys, text, tmp_path, monkeypatch):
         (["--tokenizer", "bpe", "--vocab-size", "100"], "starts from 256 bytes"),
         (["--length", "41"], "more than the model's max_position_embeddings = 40"),
         (["--length", "0"], "length is 0"),
-        (["--length", "2000"], "the text is too short"),
+        (["--length", "2000", "--set", "max_position_embeddings=2000"], "the text is too short"),
         (
             ["--batch-size", "6", "--accumulate", "4"],
             "not a multiple of processes x accumulate = 1 x 4",
@@ -143,13 +147,17 @@ def test_warns_when_loops_do_nothing(capsys, text, tmp_path, monkeypatch):
         (["--schedule", "cosin"], "did you mean 'cosine'"),
         (["--loop-distribution", "inverse"], "did you mean 'inverse_flops'"),
         (["--backprop-loops", "0"], "backprop_loops is 0"),
-        (["--init", "nowhere"], "leave out set and preset"),
+        (["--init", "nowhere"], "--init brings its own configuration and tokenizer; leave out --set"),
+        (["--backprop-loops", "1", "--set", "also=2:1"], "backprop_loops needs a model with one looped block"),
         (["--sft", "--packing", "documents"], "sft holds its answers in memory"),
         (["--sft"], "is not a .jsonl file"),
     ],
 )
 def test_train_refuses_before_it_makes_anything(capsys, text, tmp_path, words, message):
-    assert message in refused(capsys, "train", "--data", text, "--out", tmp_path / "run", *QUICK, *words)
+    status, out, err = run(capsys, "train", "--data", text, "--out", tmp_path / "run", *QUICK, *words)
+    assert status == 2 and message in err and err.count("\n") == 1
+    late = ("comes from the tokenizer", "too short", "256 bytes")  # said when the text has been read
+    assert any(text in message for text in late) or out == ""
     assert not (tmp_path / "run").exists()
 
 
@@ -273,18 +281,20 @@ def test_a_full_disk_is_a_sentence(capsys, text, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_write_one_run(text, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "loopmdm.cli"]
-    words = ["train", "--data", str(text), *QUICK, "--steps", "6", "--accumulate", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, start in (("two", launch), ("one", [sys.executable, "-m", "loopmdm.cli"])):
-        command = [*start, *words, "--out", name]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Sample from it") == 1
-        if name == "two":
-            taken = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-            assert taken.returncode and "already holds a run" in taken.stderr
+    """With truncated backprop and the plain boundary, where the prelude has no gradient in some steps."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "loopmdm.cli"]
+    words = ["train", "--data", str(text), *QUICK, "boundary=plain", "--steps", "6", "--accumulate", "2"]
+    words += ["--backprop-loops", "1", "--checkpoint-loops", "--out"]
+    assert cli.main([*words, str(tmp_path / "one")]) == 0
+    for taken in (False, True):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, *words, "two"], cwd=tmp_path, env=env, capture_output=True, text=True)
+        if taken:
+            assert done.returncode and "already holds a run" in done.stderr
+        else:
+            assert done.returncode == 0 and done.stdout.count("Sample from it") == 1, done.stderr
+    assert len(read(tmp_path / "two" / "checkpoints" / "step-000006")["generators"]) == 2  # there were two
     one, two = (lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in two] == [2, 4, 6]
     for a, b in zip(one, two, strict=True):
@@ -332,8 +342,8 @@ def test_fine_tuning_on_answers(capsys, trained, tmp_path):
     few = [*QUICK[:4], "--length", "30", "--warmup", "0", "--eval-every", "2", "--ema", "0"]
     status, out, err = run(capsys, "train", *ours, "--out", tmp_path / "run", *few)
     assert status == 0, err
-    assert "Note: 1 of 46 prompts with answers are longer than 30 tokens" in out
-    assert "Answers: 42 to train on and 3 held out" in out and "bits a token" in out
+    assert "Data: left out 1 of 46 pairs that do not fit in 30 tokens" in out
+    assert "Answers: 30 to train on and 15 held out" in out and "bits a token" in out  # one of three prompts
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["average"] == "sequence"
     before, tokenizer = load(trained)
     after, same = load(tmp_path / "run")
@@ -348,27 +358,40 @@ def test_fine_tuning_on_answers(capsys, trained, tmp_path):
     assert "has no key 'prompt'" in refused(
         capsys, "train", "--sft", "--data", data, "--out", tmp_path / "new", *few, "--init", trained
     )
+    for name, value in (("--tokenizer", "bpe"), ("--preset", "tiny-dit"), ("--vocab-size", "300")):
+        assert f"leave out {name}" in refused(capsys, "train", *ours, "--out", tmp_path / "new", *few, name, value)
     short = ["--length", "5", *few[:4]]
-    assert "0 of 46 prompts" in refused(capsys, "train", *ours, "--out", tmp_path / "new", *short)
+    assert "of 46 pairs 0 fit in 5 tokens" in refused(capsys, "train", *ours, "--out", tmp_path / "new", *short)
     assert not (tmp_path / "new").exists()
 
 
 def test_answers_are_counted_and_prompts_are_not(tmp_path):
     data = tmp_path / "qa.jsonl"
-    rows = [{"prompt": "ab" * (1 + i % 3), "answer": "c" * (1 + i % 4)} for i in range(21)]
+    rows = [{"prompt": "ab" * (1 + i % 3), "answer": "c" * (1 + i % 4)} for i in range(24)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    feed = AnswerFeed([str(data)], "char", 0, 7, 4, 12, 128)
-    assert (len(feed.train.tokens), len(feed.valid.tokens)) == (19, 2) and feed.vocab_size == 5
-    seen = set()
-    for step in range(19):
+    feed = AnswerFeed(SFTData.from_jsonl(data, "char", 12), seed=0, batch_size=4, windows=5)
+    assert (len(feed.data.train), len(feed.valid.tokens), feed.vocab_size, feed.mask_id) == (16, 5, 5, 4)
+    for step in range(4):
         got = feed.batch(step, torch.arange(4))
         for tokens, answer in zip(got.tokens.tolist(), got.maskable.tolist(), strict=True):
             asked = [t for t, counted in zip(tokens, answer, strict=True) if not counted]
             said = tokens[len(asked) :]
             assert asked and set(asked) <= {0, 1} and set(said) == {2, 3} and said.index(3) == said.count(2)
-        seen |= {tuple(row) for row in got.tokens.tolist()}
-    assert len(seen) == len({tuple(row) for row in feed.train.tokens.tolist()})  # an epoch misses none
-    assert torch.equal(feed.batch(3, torch.arange(4)).tokens[2:], feed.batch(3, torch.arange(2, 4)).tokens)
+    rest = torch.arange(2, 4)
+    for step in (0, 3):
+        want = feed.data.batch(0, step, rest, batch_size=4).tokens
+        assert torch.equal(feed.batch(step, torch.arange(4)).tokens[2:], want)
+        assert torch.equal(feed.batch(step, rest).tokens, want)
+    rows[-1]["prompt"] = "ba" * 3
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert AnswerFeed(SFTData.from_jsonl(data, "char", 12), 0, 4, 5).sha256 != feed.sha256
+
+
+def test_the_progress_bar_names_the_unit():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with monitor.bar(console, 0, 4, "token"):
+        pass
+    assert "bits a token" in console.file.getvalue()
 
 
 def test_a_model_whose_ids_are_others_is_refused(capsys, text, trained, tmp_path):

@@ -418,6 +418,8 @@ REFUSED = {
     "nothing to fill": ({"compat": "smdm", "max_new_tokens": 0}, "nothing to generate"),
     "lengths": ({"compat": "mdlm", "prompt": PROMPTS["ragged"]}, "one length"),
     "a block of nothing": ({"compat": "llada", "block_length": 0}, "at least 1"),
+    "a top_p that is no number": ({"compat": "dream", "top_p": "a"}, "top_p is 'a'; it must be a number"),
+    "a name that is none": ({"compat": 3}, "compat is 3; known"),
     "a negative temperature": ({"compat": "dream", "temperature": -1.0}, "at least 0"),
 }
 

@@ -312,6 +312,24 @@ def test_targets_that_are_never_predicted():
         ({"mask": torch.ones(4).bool()}, r"mask is \[4\], tokens is \[2, 4\]"),
         ({"t": torch.tensor(0.5)}, r"t is \[\]; it must be \[2\], one for each sequence"),
         ({"index": torch.arange(3)}, r"index is \[3\]; it must be \[2\]"),
+        ({"index": [0, 1]}, r"index is a list; it must be \[2\]"),
+        ({"index": torch.tensor([0.5, 1.0])}, "index is torch.float32; sequences are numbered by integers"),
+        ({"t": 0.5}, r"t is a float; it must be \[2\]"),
+        ({"attention_mask": [[1]]}, r"attention_mask is a list, tokens is \[2, 4\]"),
+        ({"document_ids": torch.zeros(2, 3)}, r"document_ids is \[2, 3\], tokens is \[2, 4\]"),
+        ({"document_ids": torch.zeros(2, 4)}, "document_ids is torch.float32; documents are numbered by integers"),
+        ({"depth": 3}, "depth is 3; it must be a Depth"),
+        ({"global_batch": 0}, "global_batch is 0; it must be a whole number of at least 1"),
+        ({"step": -1}, "step is -1; it must be a whole number of at least 0"),
+        ({"step": 1.5}, "step is 1.5"),
+        ({"step": 2**32}, r"step is 4294967296; it must be below 2\^32"),
+        ({"t_range": 0.5}, "t_range is 0.5; it must satisfy 0 < low <= high <= 1"),
+        ({"num_loops": {}}, "the probabilities of S must be at least 0 and sum to 1"),
+        ({"num_loops": {1: 1.0, 2: 1.0}}, "sum to 1"),
+        ({"num_loops": {2: 0.3}}, "sum to 1"),
+        ({"num_loops": {2: -1.0, 3: 2.0}}, "at least 0"),
+        ({"num_loops": {1: "a"}}, "the probabilities of S"),
+        ({"num_loops": {0: 0.5, 1: 0.5}}, "num_loops is 0; .*at least once"),
         ({"objective": "elbo"}, "objective is 'elbo'; it must be 'nelbo' or 'masked_mean'"),
         ({"t_range": (0.0, 1.0)}, "t_range"),
         ({"average": "batch"}, "average is 'batch'; it must be 'token' or 'sequence'"),
@@ -376,6 +394,9 @@ def test_training_lowers_the_bound():
     ("change", "words"),
     [
         ({"tokens": torch.tensor([[1, 99]])}, "outside the vocabulary of 7"),
+        ({"tokens": [[1, 2]]}, "tokens is a list; expected a tensor of integers"),
+        ({"tokens": torch.tensor([1, 2])}, r"tokens is torch.int64 \[2\]; expected a tensor of integers, a row"),
+        ({"tokens": torch.ones(1, 2)}, "tokens is torch.float32"),
         ({"tokens": torch.tensor([[1, -100]])}, "outside the vocabulary of 7"),
         ({"t": torch.tensor([0.0])}, r"t must be in \(0, 1\]"),
         ({"t": torch.tensor([2.0])}, r"t must be in \(0, 1\]"),
@@ -398,6 +419,8 @@ def test_packed_documents_reach_the_model():
     packed = nelbo(model, row, t=t, mask=mask, num_loops=2, document_ids=documents).loss * 8
     alone = [nelbo(model, row[:, s], t=t, mask=mask[:, s], num_loops=2).loss for s in (slice(0, 3), slice(3, 8))]
     assert abs(packed - (alone[0] * 3 + alone[1] * 5)) < 1e-4
+    with pytest.raises(InputError, match="Table does not take document_ids; give it one document a row"):
+        nelbo(Table(torch.zeros(8, 7, 7), mask_id=6), row, document_ids=documents)
     unpacked = nelbo(model, row, t=t, mask=mask, num_loops=2).loss * 8
     assert abs(packed - unpacked) > 1e-3
 
@@ -508,6 +531,8 @@ def test_fine_tuning_ignores_padding(toy):
         ({"prompt_mask": torch.ones(3, 8)}, "the prompt of sequence 0 covers all of it"),
         ({"prompt_lengths": [1, 1]}, r"prompt_lengths is torch.int64 \[2\]; expected integers \[3\]"),
         ({"prompt_lengths": [1.0, 1.0, 2.0]}, "prompt_lengths is torch.float32"),
+        ({"prompt_lengths": [1, -1, 2]}, r"prompt_lengths are \[1, -1, 2\]; a prompt has at least 0"),
+        ({"prompt_lengths": [1, 1, 2], "maskable": torch.ones(3, 8).bool()}, "leave out maskable"),
         ({"prompt_mask": torch.ones(3, 7)}, r"prompt_mask is \[3, 7\], tokens is \[3, 8\]"),
     ],
 )

@@ -40,7 +40,7 @@ def execute(page, folder):
 @pytest.mark.slow
 def test_from_data_to_samples(tmp_path):
     printed = execute("from-data-to-samples.md", tmp_path)
-    assert '"step": 120' in printed and "gain at S = 4" in printed and "Wrote runs/first/model/depth.json" in printed
+    assert '"step": 60' in printed and "gain at S = 4" in printed and "Wrote runs/first/model/depth.json" in printed
     assert "S of each step:" in printed and (tmp_path / "eval.png").exists() and "\x1b" not in printed
     assert (tmp_path / "samples.json").read_text().startswith("{")
 

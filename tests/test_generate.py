@@ -1,5 +1,7 @@
 """generate: what it promises whatever the policy. Policies are in test_policies.py, tokens in test_filters.py."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -418,7 +420,7 @@ def test_on_step(model, name):
         steps=5,
         num_loops=1,
         policy=EVERY[name],
-        on_step=lambda step, tokens, revealed: calls.append((step, tokens.clone(), revealed.clone())),
+        on_step=lambda *call: calls.append(call),  # kept as they are: later steps do not write into them
     )
     before = torch.tensor([[1, *[MASK] * 7]])
     for _, tokens, revealed in calls:
@@ -442,8 +444,10 @@ def test_the_mode_is_restored(training):
     noisy.train(training)
     assert torch.equal(generate(noisy, [MASK] * 6, steps=2).tokens, want)  # no dropout meanwhile
     assert noisy.training == training
+    noisy.prelude.train(not training)  # a part may be frozen by itself
     with pytest.raises(ZeroDivisionError):
         generate(noisy, [MASK] * 6, steps=2, on_step=lambda *_: 1 / 0)
+    assert noisy.prelude.training != training
     assert noisy.training == training
     assert all(p.grad is None for p in noisy.parameters())
 
@@ -483,6 +487,26 @@ def test_time_conditioned_models_are_told_the_time():
         assert MASK not in generate(model, max_new_tokens=5, batch_size=2, policy=policy, cfg_scale=1.0).tokens
 
 
+def test_each_sequence_is_told_its_own_time():
+    """Also where guidance doubles the batch, or sequences of one S each make a pass of their own."""
+    prompts = [[7] * 6, [1, 2, 7, 7, 7, 7], [3, 7, 7, 7, 7, 7]]
+    options = {"policy": "first_hitting", "num_loops": DepthTable((0, 0.5, 0.7, 1), (1, 2, 3))}
+
+    def told(prompts, seeds):
+        model = Coarse()
+        generate(model, prompts, row_seeds=seeds, **options)
+        return {tuple(row): s for ids_, *_, sigma in model.calls for row, s in zip(ids_.tolist(), sigma, strict=True)}
+
+    together = told(prompts, [4, 5, 6])
+    alone = {row: s for i in range(3) for row, s in told([prompts[i]], [4 + i]).items()}
+    assert len(alone) == 15 and together == alone
+    guided = Coarse()
+    generate(guided, prompts, cfg_scale=1.5, policy="first_hitting")
+    for *_, sigma in guided.calls:
+        conditional, blind = sigma.chunk(2)
+        assert torch.equal(conditional, blind) and len(conditional.unique()) == len(conditional)
+
+
 # Inputs
 
 
@@ -490,8 +514,8 @@ def test_time_conditioned_models_are_told_the_time():
     ("arguments", "words"),
     [
         ({"prompt": [[1], 3], "max_new_tokens": 1}, "mixes ids and sequences"),
-        ({"max_new_tokens": 3, "steps": 2.5}, "steps is 2.5; a whole number"),
-        ({"max_new_tokens": 3, "steps": 0}, "steps is 0; a whole number of at least one denoising step"),
+        ({"max_new_tokens": 3, "steps": 2.5}, "steps is 2.5; it must be a whole number of at least 1"),
+        ({"max_new_tokens": 3, "steps": 0}, "steps is 0; it must be a whole number"),
         ({"max_new_tokens": 3, "num_loops": 0}, "num_loops is 0; .*at least once"),
         ({"max_new_tokens": 3, "temperature": -0.1}, "temperature is -0.1; it must be a number of at least 0"),
         ({"max_new_tokens": 3, "top_k": 0}, "top_k is 0"),
@@ -502,11 +526,26 @@ def test_time_conditioned_models_are_told_the_time():
         ({"max_new_tokens": 3, "block_length": 1.5}, "block_length is 1.5"),
         ({"max_new_tokens": 3, "cfg_scale": -1.0}, "cfg_scale is -1.0; it must be a number of at least 0"),
         ({"max_new_tokens": 3, "cfg_scale": float("nan")}, "cfg_scale is nan"),
-        ({"max_new_tokens": 3, "eos_id": 11}, r"eos_id is 11; it must be a whole number in 0\.\.10"),
-        ({"max_new_tokens": 3, "eos_id": [1, -1]}, "eos_id is -1"),
+        ({"max_new_tokens": 3, "eos_id": 11}, r"eos_id holds 11; ids must be whole numbers in 0\.\.10"),
+        ({"max_new_tokens": 3, "eos_id": [1, -1]}, "eos_id holds -1"),
         ({"max_new_tokens": 3, "batch_size": 2, "row_seeds": [1]}, "1 row seeds were given for 2 sequences"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"max_new_tokens": 3, "batch_size": 0}, "the batch is empty"),
+        ({"max_new_tokens": 3, "batch_size": 0}, "batch_size is 0; it must be a whole number of at least 1"),
+        ({"max_new_tokens": 3, "batch_size": 2.5}, "batch_size is 2.5"),
+        ({"max_new_tokens": "3"}, "max_new_tokens is '3'; it must be a whole number of at least 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"prompt": torch.zeros(0, 3).long(), "max_new_tokens": 3}, "the batch is empty"),
+        ({"prompt": 5, "max_new_tokens": 3}, "prompt is 5; it must be a list"),
+        ({"max_new_tokens": 3, "eos_id": MASK}, "eos_id is 10, the mask; it must be an id that the model can predict"),
+        ({"max_new_tokens": 3, "eos_id": [1, MASK]}, "eos_id is 10, the mask"),
+        ({"max_new_tokens": 3, "eos_id": 2.5}, "eos_id is 2.5; it must be a list"),
+        ({"max_new_tokens": 3, "suppress": 5}, "suppress is 5; it must be a list"),
+        ({"max_new_tokens": 3, "suppress": [11]}, r"suppress holds 11; ids must be whole numbers in 0\.\.10"),
+        ({"max_new_tokens": 3, "row_seeds": 5}, "row_seeds is 5; it must be a list"),
+        ({"max_new_tokens": 3, "row_seeds": ["a"]}, "seed is 'a'; it must be a whole number"),
+        ({"max_new_tokens": 3, "seed": None}, "seed is None; it must be a whole number"),
+        ({"max_new_tokens": 3, "seed": "x"}, "seed is 'x'"),
+        ({"max_new_tokens": 3, "compat": 3}, "compat is 3"),
         ({"max_new_tokens": 0}, "nothing to generate: no mask id in the prompt"),
         ({"prompt": [1, 2, 3]}, "nothing to generate"),
         ({"prompt": [1] * 60, "max_new_tokens": 5}, "60 tokens with 5 new ones is longer than the model's 64"),
@@ -528,6 +567,17 @@ def test_refusals(model, arguments, words):
     with pytest.raises(InputError, match=words) as caught:
         generate(model, **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", ["confidence", "random", "eb", "p2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_that_are_no_numbers(policy, temperature, broken):
+    """A diverged model is told as one, not by tokens that mean nothing or an index out of range."""
+    logits = torch.zeros(6, 6, 6)
+    logits[..., 2] = broken
+    with pytest.raises(InputError, match="the model's logits are not finite"):
+        generate(Table(logits, mask_id=5), max_new_tokens=6, steps=3, policy=policy, temperature=temperature)
 
 
 def test_compat_is_another_sampler(model):

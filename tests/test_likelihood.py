@@ -403,6 +403,44 @@ def test_windows_against_the_conditional_bound(toy):
     assert got.perplexity.item() == pytest.approx(math.exp(got.nats.sum().item() / 20)) and got.error.isfinite()
 
 
+# Packed documents
+
+
+class Split:
+    """A Denoiser that runs a model on parts of a row one by one, as if each were a sequence."""
+
+    pad_id, logit_shift, max_length = 0, 0, None
+
+    def __init__(self, model, *lengths):
+        self.model, self.lengths, self.head = model, lengths, model.head
+        self.mask_id, self.vocab_size, self.suppressed_ids = model.mask_id, model.vocab_size, model.suppressed_ids
+
+    def hidden(self, input_ids, attention_mask=None, num_loops=None, sigma=None):
+        return torch.cat([self.model.hidden(x, None, num_loops) for x in input_ids.split(self.lengths, 1)], 1)
+
+
+def test_packed_documents_are_measured_apart():
+    """Under the same masks a row of documents has the nats that they have one by one."""
+    model = live(tiny(vocab_size=7), dtype=torch.float64)
+    rows, lengths = ids(3, 8, 7, masks=0), ((3, 5), (8,), (1, 5, 2))
+    documents = torch.stack([torch.repeat_interleave(torch.tensor(n)) for n in lengths])
+
+    def of_each(measure):
+        return [measure(Split(model, *n), rows[[i]], index=torch.tensor([i])) for i, n in enumerate(lengths)]
+
+    for bound in ("time", "count"):
+        common = {"num_loops": [1, 3], "samples": 4, "seed": 2, "bound": bound, "batch": 5}
+        got = likelihood(model, rows, document_ids=documents, **common)
+        apart = of_each(lambda *a, **k: likelihood(*a, **k, **common))  # noqa: B023
+        torch.testing.assert_close(got.nats, torch.cat([part.nats for part in apart], -1))
+        mixed = likelihood(model, rows, **common)
+        assert ((got.nats - mixed.nats).abs() > 1e-3).all(0).tolist() == [True, False, True]
+    common = {"loops": [1, 3], "edges": [0.2, 0.5, 1.0], "samples": 2, "seed": 2, "batch": 5}
+    got = nelbo_by_time(model, rows, document_ids=documents, **common)
+    apart = of_each(lambda *a, **k: nelbo_by_time(*a, **k, **common))
+    torch.testing.assert_close(got.nats, torch.cat([part.nats for part in apart], -1))
+
+
 # Refusals
 
 
@@ -420,7 +458,20 @@ X = ids(3, T, V, masks=0)
         (lambda m: likelihood(m, X, num_loops=[1, 0]), "at least once"),
         (lambda m: likelihood(m, X, schedule="cos"), "no schedule 'cos'"),
         (lambda m: likelihood(m, X, t_range=(0.0, 1.0)), "0 < low <= high <= 1"),
-        (lambda m: likelihood(m, X, maskable=X[:2] > 0), r"maskable is \[2, 4\], tokens is \[3, 4\]"),
+        (lambda m: likelihood(m, X, maskable=X[:2] > 0), r"maskable is \[2, 4\], sequences is \[3, 4\]"),
+        (lambda m: likelihood(m, X.tolist()), "sequences is a list; expected a tensor of integers"),
+        (lambda m: likelihood(m, X[0]), r"sequences is torch.int64 \[4\]; expected a tensor of integers, a row"),
+        (lambda m: likelihood(m, X.float()), r"sequences is torch.float32 \[3, 4\]"),
+        (lambda m: likelihood(m, X, samples=1.5), "samples is 1.5"),
+        (lambda m: likelihood(m, X, batch=1.5), "batch is 1.5"),
+        (lambda m: likelihood(m, X, num_loops=2.5), "num_loops is 2.5"),
+        (lambda m: likelihood(m, X, t_range=0.5), "t_range is 0.5; it must satisfy 0 < low <= high <= 1"),
+        (lambda m: likelihood(m, X, t_range=(0.1, 0.2, 0.3)), "t_range is"),
+        (lambda m: likelihood(m, X, depth=3), "depth is 3; it must be a Depth"),
+        (lambda m: likelihood(m, X, index=[0, 1, 2]), r"index is a list; it must be \[3\]"),
+        (lambda m: likelihood(m, X, index=torch.tensor([0.0, 0.5, 1.0])), "numbered by integers"),
+        (lambda m: likelihood(m, X, document_ids=X), "Table does not take document_ids"),
+        (lambda m: likelihood(m, X, document_ids=X[:2]), r"document_ids is \[2, 4\], sequences is \[3, 4\]"),
         (lambda m: likelihood(m, X, index=torch.arange(2)), r"index is \[2\]; it must be \[3\]"),
         (lambda m: likelihood(m, X.masked_fill(X > 0, 4)), "contain the mask id 4"),
         (lambda m: likelihood(m, X, depth=Depth()), "Table does not take a depth"),
@@ -433,12 +484,17 @@ X = ids(3, T, V, masks=0)
         (lambda m: nelbo_by_time(m, X, [1], [0.0, 0.4]), "0 < low <= high <= 1"),
         (lambda m: nelbo_by_time(m, X, [1], [0.5, 1.4]), "0 < low <= high <= 1"),
         (lambda m: nelbo_by_time(m, X, [1], [0.5, 1.0], samples=0), "samples is 0"),
+        (lambda m: nelbo_by_time(m, X, [1], [0.5, 0.7, 1.0], samples=-1), "samples is -1"),
+        (lambda m: nelbo_by_time(m, X, [1], "ab"), "edges are 'ab'; they must be numbers"),
+        (lambda m: rolling(m, [1, 2]), "ids is a list; a text is a vector"),
+        (lambda m: rolling(m, X[0], window=2.5), "window is 2.5"),
+        (lambda m: rolling(m, X[0], context=0.5), "context is 0.5"),
         (lambda m: rolling(m, X), r"ids is \[3, 4\]; a text is a vector"),
         (lambda m: rolling(m, X[0][:0]), "at least one token"),
         (lambda m: rolling(m, X[0], window=0), "window is 0"),
         (lambda m: rolling(m, X[0], window=9), "window is 9; it must be at least 1 and at most"),
         (lambda m: rolling(m, X[0], window=3, context=3), "context is 3; it must be at least 0 and below"),
-        (lambda m: rolling(m, X[0], context=-1), "context is -1"),
+        (lambda m: rolling(m, X[0], context=-1), "context is -1; it must be a whole number of at least 0"),
     ],
 )
 def test_refusals(call, words):

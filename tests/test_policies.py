@@ -7,7 +7,7 @@ import torch
 from scipy.stats import kstest
 
 from loopmdm import random
-from loopmdm.diffusion.schedule import Cosine
+from loopmdm.diffusion.schedule import Cosine, Linear
 from loopmdm.errors import InputError
 from loopmdm.sampling.engine import generate
 from loopmdm.sampling.policies import (
@@ -17,6 +17,7 @@ from loopmdm.sampling.policies import (
     EntropyBound,
     Factor,
     FirstHitting,
+    LeftToRight,
     Threshold,
     build,
 )
@@ -461,6 +462,11 @@ def test_first_hitting_times():
     generate(other, [[MASK] * n] * B, policy="first_hitting", seed=5, schedule="cosine")
     for (*_, a), (*_, b) in zip(model.calls, other.calls, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    # and where much stays clean at t = 1 the times are those of what can be masked at all
+    half = Coarse()
+    generate(half, [[MASK] * n] * B, policy="first_hitting", seed=5, schedule=Linear(0.5))
+    for (*_, sigma), t in zip(half.calls, times, strict=True):
+        torch.testing.assert_close((1 - torch.exp(-sigma.double())) / 0.5, t, atol=1e-5, rtol=1e-4)
 
 
 def test_first_hitting_times_of_blocks_are_their_own():
@@ -494,6 +500,36 @@ def test_ancestral_follows_the_schedule():
         for j in range(steps):
             want = (alphas[j + 1] - alphas[j]) / (1 - alphas[0])
             assert abs(share[j] - want) < 4.5 * math.sqrt(want * (1 - want) / 20_000)
+
+
+def test_confidences_are_kept_from_the_step_that_filled_a_position():
+    table, seen = Table(torch.randn(4, 6, 6), mask_id=5), []
+
+    class Remembering(LeftToRight):
+        score = "confidence"
+
+        def choose(self, state, scores=None):
+            seen.append(state.confidence[0].tolist())
+            return super().choose(state)
+
+    generate(table, [5] * 4, steps=4, policy=Remembering())
+    best = table.table[torch.arange(4), 5, :5].softmax(-1).max(-1).values.tolist()
+    for step, held in enumerate(seen):
+        assert held[:step] == pytest.approx(best[:step])
+
+
+def test_the_loop_of_remdm_includes_its_beginning_and_not_its_end():
+    """At eta = 1 and alpha_on = 1/2 a step inside hides all that is filled and shows all that is masked."""
+    after = []
+    generate(
+        Coarse(),
+        [MASK] * 40,
+        steps=4,  # t = 1, 3/4, 1/2, 1/4
+        policy=ReMDM("loop", 1.0, t_on=0.75, t_off=0.5, alpha_on=0.5),
+        on_step=lambda step, tokens, revealed: after.append(tokens[0] == MASK),
+    )
+    assert 0 < int(after[0].sum()) < 40 and torch.equal(after[1], ~after[0])
+    assert (after[2] <= after[1]).all()  # nothing is hidden again at t_off
 
 
 # Names, arguments, policies of one's own
@@ -541,6 +577,9 @@ def test_build():
         (lambda: Factor(math.inf), "factor is inf"),
         (lambda: EntropyBound("a"), "gamma is 'a'"),
         (lambda: P2(-0.5), "eta is -0.5; it must be a number of at least 0"),
+        (lambda: P2("a"), "eta is 'a'; it must be a number"),
+        (lambda: ReMDM("cap", "a"), "eta is 'a'; it must be a number"),
+        (lambda: ReMDM("loop", t_on=None), "t_on is None; it must be a number"),
         (lambda: ReMDM("cap", 1.5), r"eta is 1.5; the remasking rate must be in \[0, 1\]"),
         (lambda: ReMDM("loop", t_on=0.2, t_off=0.3), "must satisfy 0 < t_off < t_on < 1"),
         (lambda: ReMDM("loop", alpha_on=1.0), "0 < alpha_on < 1"),

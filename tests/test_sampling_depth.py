@@ -46,6 +46,8 @@ def test_json_and_back(tmp_path):
         ((0,), (), "rise from 0 to 1"),
         ((0, math.nan, 1), (1, 2), "rise from 0 to 1"),
         ((0, "1"), (1,), "edges are numbers"),
+        (None, (1,), "two lists, its edges and the S between them"),
+        ((0, 1), 5, "two lists"),
     ],
 )
 def test_tables_that_are_none(edges, loops, message):

@@ -142,6 +142,8 @@ def test_names_and_objects():
         (lambda: build_schedule(Cosine), "it must be a name or have alpha, weight, sigma and inverse"),
         (lambda: build_schedule(3), "schedule is 3"),
         (lambda: Linear(eps=1.0), "eps is 1.0"),
+        (lambda: Linear(eps="a"), "eps is 'a'; it must be a number of at least 0"),
+        (lambda: Polynomial(power=None), "power is None; it must be a number"),
         (lambda: Polynomial(power=0.0), "power is 0.0; it must be a number above 0"),
         (lambda: corrupt(ids(2, 4), 9, torch.ones(2), schedule="linaer"), "did you mean 'linear'"),
     ],

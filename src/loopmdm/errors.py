@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -21,3 +22,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(options)}"
+
+
+def whole(name: str, value: int, least: int = 1) -> int:
+    """Return a whole number of at least `least`, or raise InputError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return value
+
+
+def number(name: str, value: float) -> float:
+    """Return a finite number of at least 0, or raise InputError."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise InputError(f"{name} is {value!r}; it must be a number of at least 0")
+    return value

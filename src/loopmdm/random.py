@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, whole
 
 # One stream a purpose, so that no two purposes share numbers under one seed.
 LOOPS, TIME, MASK, SAMPLE_POSITION, SAMPLE_TOKEN, DATA, T_EVAL, COUNT, ORDER, REMASK, HIT = range(11)
@@ -41,7 +41,14 @@ def uniform(seed: int | Tensor, stream: int, step: int | Tensor, index: Tensor, 
         step: below 2^32, one or one a row.
         index: int64 [N], the global sample index or row, below 2^32.
         count: numbers a row; number j depends on j but not on `count`.
+
+    Raises:
+        InputError: a step or seed outside its range, an index of fractions.
     """
+    if index.dtype.is_floating_point:
+        raise InputError(f"index is {index.dtype}; sequences are numbered by integers")
+    if not isinstance(step, Tensor) and whole("step", step, 0) >= 2**32:
+        raise InputError(f"step is {step}; it must be below 2^32")
     device = index.device
     row = index.to(torch.int64)[:, None]
     seed_ = torch.as_tensor(seed if isinstance(seed, Tensor) else signed(seed), dtype=torch.int64, device=device)

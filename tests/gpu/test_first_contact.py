@@ -7,6 +7,7 @@ Every op and every GPU implementation is found through `all_ops()`; a new op nee
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopmdm.model.depth import Depth, RelativeChange
 from loopmdm.ops.attention import OP as ATTENTION
 from loopmdm.ops.attention import attention
 from loopmdm.ops.contract import IMPLS, Op, all_ops, unavailable
@@ -23,6 +25,7 @@ from loopmdm.ops.residual_norm import KINDS, residual_norm
 from loopmdm.ops.spans import spans_of
 
 from .. import oracle
+from ..helpers import ids, live, tiny
 
 if not torch.cuda.is_available():
     pytest.skip("first contact needs a CUDA device", allow_module_level=True)
@@ -59,6 +62,15 @@ def problems(op: Op, impl: str, seed: int) -> list[dict[str, Any]]:
 def outputs(op: Op, impl: str, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     result = op.call(**kwargs, impl=impl)
     return result if isinstance(result, tuple) else (result,)
+
+
+def copy_into(static: Any, fresh: Any) -> None:
+    """Every tensor of an argument into its place in another one, also those inside tuples (`Heads`, `Spans`)."""
+    if isinstance(fresh, Tensor):
+        static.copy_(fresh)
+    elif isinstance(fresh, tuple):
+        for a, b in zip(static, fresh, strict=True):
+            copy_into(a, b)
 
 
 @pytest.fixture
@@ -121,8 +133,7 @@ def test_5_graph_capture_and_replay_on_new_inputs(op: Op, impl: str) -> None:
         with torch.no_grad(), torch.cuda.graph(graph):
             captured = outputs(op, impl, static)
         for name, value in fresh.items():
-            if isinstance(value, Tensor):
-                static[name].copy_(value)
+            copy_into(static[name], value)
         graph.replay()
         for a, b in zip(captured, outputs(op, impl, fresh), strict=True):
             assert torch.equal(a, b)
@@ -250,3 +261,61 @@ def test_9_attention_gradients_of_libraries(impl: str) -> None:
             for which in (impl, "torch")
         ]
         assert oracle.error(grads[0], grads[1].double()) < 2e-2
+
+
+PLANS = {
+    "dit": ("dit", {}),
+    "llama": ("llama", {"boundary": "anchored", "num_key_value_heads": 2, "qk_norm": "before_rope"}),
+}
+PLAN_SIZE = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512, "max_position_embeddings": 256}
+
+
+@TRITON_NORM
+@pytest.mark.parametrize("name", PLANS)
+def test_10_fused_plan(name: str) -> None:
+    """The whole model in bf16 through every kernel, no less accurate than in torch: plain, padded, with exits."""
+    backbone, changes = PLANS[name]
+    model = live(tiny(backbone, **PLAN_SIZE, **changes))
+    truth, model = copy.deepcopy(model).double().to(GPU), model.to(GPU)
+    tokens = ids(5, 200).to(GPU)
+    real = (torch.arange(200) < torch.tensor([200, 150, 17, 1, 99])[:, None]).to(GPU)
+    plans = [model.fused(BF16, impl) for impl in ("triton", "torch")]
+    for S in (1, 4, torch.tensor([3, 1, 6, 2, 5])):
+        for mask in (None, real):
+            with torch.no_grad():
+                want = truth.hidden(tokens, mask, S)
+            ours, torchs = (oracle.error(plan.hidden(tokens, mask, S), want) for plan in plans)
+            assert ours <= 1.2 * torchs + 1e-6, f"S = {S}: {ours:.2e}, torch {torchs:.2e}"
+    depths = [Depth(6, RelativeChange(0.2, 1)) for _ in plans]
+    for plan, depth in zip(plans, depths, strict=True):
+        plan.hidden(tokens, real, depth)
+        assert depth.visits is not None and depth.visits.device == tokens.device
+
+
+@TRITON_NORM
+@pytest.mark.parametrize("name", PLANS)
+def test_11_fused_plan_in_a_graph(name: str, no_syncs: None) -> None:
+    """One capture of a fixed-S pass, which never waits for the host, replayed on new ids and new padding."""
+    torch.cuda.set_sync_debug_mode("default")
+    backbone, changes = PLANS[name]
+    plan = live(tiny(backbone, **PLAN_SIZE, **changes)).to(GPU).fused(BF16, "triton")
+    static, fresh = (ids(3, 130, seed=seed).to(GPU) for seed in (1, 2))
+    lengths = torch.tensor([[130], [40], [77]])
+    real, other = ((torch.arange(130) < n).to(GPU) for n in (lengths, lengths.flip(0)))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        plan.hidden(static, real, 4)
+    torch.cuda.current_stream().wait_stream(side)
+    want = plan.hidden(fresh, other, 4)
+    plain = plan.hidden(fresh, None, 4)
+    torch.cuda.set_sync_debug_mode("error")
+    assert torch.equal(plan.hidden(fresh, None, 4), plain)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = plan.hidden(static, real, 4)
+    torch.cuda.set_sync_debug_mode("default")
+    static.copy_(fresh)
+    real.copy_(other)
+    graph.replay()
+    assert torch.equal(captured, want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -15,6 +16,14 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are InputErrors like all others."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """None are left over: a command says itself what it does not know, and what may have been meant."""
+        namespace, strange = super().parse_known_args(args, namespace)
+        if strange:
+            close = difflib.get_close_matches(strange[0].partition("=")[0], self._option_string_actions, n=1)
+            self.error(f"unrecognized arguments: {' '.join(strange)}" + (f", perhaps {close[0]}" if close else ""))
+        return namespace, strange
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")

@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..config import check_loops
+from ..errors import InputError, nearest, whole
+from ..random import signed
 from .common import Parser, numbers, si, table
 
+BOUNDS = ("count", "time")
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -63,6 +66,9 @@ def data_options(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_outputs(options.json, options.plot)
+    check_numbers(options, "samples", "bins", "steps")
+    if options.bound not in BOUNDS:
+        raise InputError(f"--bound is {options.bound!r}{nearest(options.bound, BOUNDS)}")
     if options.generate is None and options.scorer is not None:
         raise InputError("--scorer judges samples; say how many with --generate N")
     if options.generate is not None and options.generate < 2:
@@ -80,8 +86,7 @@ def run(options: argparse.Namespace) -> int:
 
     model, tokenizer = load(options.folder)
     scorer = build_scorer(options.scorer, seed=options.seed) if options.scorer else None
-    loops = numbers("loops", options.loops) if options.loops else evaluate.default_loops(model.max_loops)
-    loops = list(dict.fromkeys(loops))
+    loops = loop_counts(options) or evaluate.default_loops(model.max_loops)
     text = measured.read(
         options.folder,
         model,
@@ -92,6 +97,15 @@ def run(options: argparse.Namespace) -> int:
         rolling=options.rolling,
         context=options.context,
     )
+    other = None
+    if options.compare:
+        other, its_tokenizer = load(options.compare)
+        evaluate.check_comparable(tokenizer, its_tokenizer, options.folder, options.compare)
+        if text.length > other.config.max_position_embeddings:
+            raise InputError(
+                f"a window is {text.length} tokens, more than the {other.config.max_position_embeddings} of "
+                f"{options.compare}; give a shorter --length"
+            )
     device = evaluate.place(model)
     how = {"samples": options.samples, "seed": options.seed}
     report: dict[str, Any] = {
@@ -113,9 +127,7 @@ def run(options: argparse.Namespace) -> int:
     found = evaluate.measure(model, text, loops, bound=options.bound, **how)
     report["rows"] = evaluate.loop_rows(model, text, found)
     print(_loop_table(report["rows"]), flush=True)
-    if options.compare:
-        other, its_tokenizer = load(options.compare)
-        evaluate.check_comparable(tokenizer, its_tokenizer, options.folder, options.compare)
+    if other is not None:
         evaluate.place(other)
         its = [S if other.max_loops > 1 else 1 for S in loops]
         unique = list(dict.fromkeys(its))
@@ -140,6 +152,19 @@ def run(options: argparse.Namespace) -> int:
         plots.evaluation(Path(options.plot), report)
         print(f"{'' if options.json else chr(10)}Drew {options.plot}")
     return 0
+
+
+def check_numbers(options: argparse.Namespace, *names: str) -> None:
+    """What only counts later is checked before anything is measured."""
+    signed(options.seed)
+    for name in names:
+        whole(f"--{name}", getattr(options, name))
+
+
+def loop_counts(options: argparse.Namespace) -> list[int]:
+    """S of --loops, each once; none if it is not given."""
+    given = numbers("loops", options.loops) if options.loops is not None else []
+    return list(dict.fromkeys(check_loops(S, "--loops") for S in given))
 
 
 def check_outputs(*files: str | None) -> None:

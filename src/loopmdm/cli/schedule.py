@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from ..errors import InputError
-from .common import Parser, numbers, si, table
-from .eval import check_outputs, data_options, pm
+from .common import Parser, si, table
+from .eval import check_numbers, check_outputs, data_options, loop_counts, pm
 
 
 def options(parser: Parser) -> None:
@@ -31,21 +31,23 @@ def run(options: argparse.Namespace) -> int:
             f"--budget is {options.budget}; it is a share of the FLOPs of the largest S, above 0 and at most 1"
         )
     check_outputs(options.out)
+    check_numbers(options, "samples", "bins")
     from ..lab import budget, evaluate, measured
     from ..lab.sample import load, model_folder
     from ..sampling.depth import DEPTH_FILE
 
     model, tokenizer = load(options.folder)
     top = model.max_loops
-    loops = numbers("loops", options.loops) if options.loops else [S for S in evaluate.default_loops(top) if top >= S]
-    loops = sorted(set(loops))
+    loops = loop_counts(options) or [S for S in evaluate.default_loops(top) if top >= S]
+    loops = sorted(loops)
     if len(loops) < 2:
         raise InputError(f"there is only S = {loops[0]} to choose from; a table needs at least two")
     text = measured.read(options.folder, model, tokenizer, options.data, length=options.length, limit=options.windows)
+    cost = [model.forward_flops(text.length, S) for S in loops]
+    budget.check(len(text.windows), cost, options.budget)
     evaluate.place(model)
     print("\n".join(text.describe()), flush=True)
     profile = evaluate.time_profile(model, text, loops, options.bins, samples=options.samples, seed=options.seed)
-    cost = [model.forward_flops(text.length, S) for S in profile.loops]
     made = budget.spend(profile, cost, options.budget)
     print(
         f"NELBO given t (t = 1: all masked), nats a token, {options.samples} corruptions a window and bin, the same "

@@ -84,6 +84,11 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"{' and '.join(missing)} must be given, or --resume; see `loopmdm train --help`")
         if given.get("sft"):
             given.setdefault("average", "sequence")  # as LLaDA fine-tunes
+        if "init" in given:
+            brought = [name for name in ("preset", "set", "tokenizer", "vocab_size") if name in given]
+            if brought:
+                name = brought[0].replace("_", "-")
+                raise InputError(f"--init brings its own configuration and tokenizer; leave out --{name}")
         of_recipe = {f.name for f in dataclasses.fields(Recipe)}
         recipe = Recipe(**{name: value for name, value in given.items() if name in of_recipe})
         rest = {name: value for name, value in given.items() if name not in of_recipe | {"out"}}

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..config import check_loops
-from ..errors import InputError
+from ..errors import InputError, whole
 from ..model.denoiser import Denoiser
 from ..model.depth import Depth
-from .loss import T_MIN, one_of
+from .loss import T_MIN, check_interval, one_of
 from .montecarlo import count_draw, measure, ratio, time_draw
 from .schedule import Schedule, build_schedule
 
@@ -167,6 +167,7 @@ def likelihood(
     schedule: Schedule | str = "linear",
     t_range: tuple[float, float] = (T_MIN, 1.0),
     depth: Depth | None = None,
+    document_ids: Tensor | None = None,
     seed: int = 0,
     index: Tensor | None = None,
     batch: int = 64,
@@ -186,26 +187,38 @@ def likelihood(
         attention_mask: bool [N, T], True on real tokens; maskable: bool [N, T], tokens that are counted; None is all.
         schedule: a `Schedule`, or the name of one; t_range: interval of t under "time".
         depth: how the looped block is visited (an exit rule, say), as in `nelbo`.
+        document_ids: integers [N, T] of packed rows, for models that take them; a row is one sequence all the same.
         seed: of the masks.
         index: global numbers of the sequences, int64 [N] (default 0..N-1): give them to split an evaluation.
         batch: rows of a forward pass.
 
     Raises:
-        InputError: no sequences, an unknown bound or schedule, S or K < 1, ids that the model cannot predict.
+        InputError: no sequences, an unknown bound or schedule, S or K < 1, ids that the model cannot predict, a depth
+            or document_ids that it does not take.
     """
     one_of("bound", bound, ("time", "count"))
-    schedule, low, high = build_schedule(schedule), *check_interval(t_range)
-    several = num_loops is not None and not isinstance(num_loops, int)
+    schedule, interval = build_schedule(schedule), check_interval("t_range", t_range)
     loops = _loops(model, num_loops)
+    whole("samples", samples)
     if bound == "count":
         draw = count_draw(schedule, seed, samples)
     else:
-        edges = torch.tensor([low, high], dtype=torch.float64)
+        edges = torch.tensor(interval, dtype=torch.float64)
         draw = time_draw(schedule, seed, samples, edges)
     seen = measure(
-        model, sequences, loops, samples, draw, attention_mask, maskable, depth=depth, index=index, batch=batch
+        model,
+        sequences,
+        loops,
+        samples,
+        draw,
+        attention_mask,
+        maskable,
+        document_ids=document_ids,
+        depth=depth,
+        index=index,
+        batch=batch,
     )
-    nats, visits = (x if several else x[0] for x in (seen.weighted, seen.visits))
+    nats, visits = (x if isinstance(num_loops, Iterable) else x[0] for x in (seen.weighted, seen.visits))
     return Likelihood(loops, nats, seen.tokens, bound, visits)
 
 
@@ -219,6 +232,7 @@ def nelbo_by_time(
     attention_mask: Tensor | None = None,
     maskable: Tensor | None = None,
     schedule: Schedule | str = "linear",
+    document_ids: Tensor | None = None,
     seed: int = 0,
     index: Tensor | None = None,
     batch: int = 64,
@@ -232,14 +246,28 @@ def nelbo_by_time(
     Raises:
         InputError: edges that do not rise or leave (0, 1], and what `likelihood` refuses.
     """
-    bounds = torch.as_tensor(edges, dtype=torch.float64).cpu()
+    try:
+        bounds = torch.as_tensor(edges, dtype=torch.float64).cpu()
+    except (TypeError, ValueError):
+        raise InputError(f"edges are {edges!r}; they must be numbers") from None
     if bounds.dim() != 1 or len(bounds) < 2 or not bool((bounds.diff() > 0).all()):
         raise InputError(f"edges are {bounds.tolist()}; bins of t need at least two, rising")
-    check_interval((float(bounds[0]), float(bounds[-1])))
+    check_interval("the span of edges", (float(bounds[0]), float(bounds[-1])))
+    whole("samples", samples)
     draw, bins = time_draw(build_schedule(schedule), seed, samples, bounds), len(bounds) - 1
     loops = _loops(model, loops)
     seen = measure(
-        model, sequences, loops, bins * samples, draw, attention_mask, maskable, depth=None, index=index, batch=batch
+        model,
+        sequences,
+        loops,
+        bins * samples,
+        draw,
+        attention_mask,
+        maskable,
+        document_ids=document_ids,
+        depth=None,
+        index=index,
+        batch=batch,
     )
 
     def by_bin(values: Tensor) -> Tensor:  # [..., N, bins * samples] -> [bins, ..., N]
@@ -280,13 +308,14 @@ def rolling(
         InputError: no tokens, ids that are not [n], a window below 1 or above `max_length`, a context that leaves no
             room, and what `likelihood` refuses.
     """
-    if ids.dim() != 1 or not len(ids):
-        raise InputError(f"ids is {list(ids.shape)}; a text is a vector of at least one token")
+    if not isinstance(ids, Tensor) or ids.dim() != 1 or not len(ids):
+        got = list(ids.shape) if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise InputError(f"ids is {got}; a text is a vector of at least one token")
     limit = model.max_length
-    size = window if window is not None else (limit or len(ids))
-    if size < 1 or (limit is not None and size > limit):
+    size = whole("window", window) if window is not None else (limit or len(ids))
+    if limit is not None and size > limit:
         raise InputError(f"window is {size}; it must be at least 1 and at most the model's max_length, {limit}")
-    if not 0 <= context < size:
+    if whole("context", context, 0) >= size:
         raise InputError(f"context is {context}; it must be at least 0 and below the window of {size}")
     if len(ids) <= size:
         size, context = len(ids), 0
@@ -305,17 +334,10 @@ def rolling(
     )
 
 
-def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
-    low, high = interval
-    if not 0 < low <= high <= 1:
-        raise InputError(f"t runs over {interval}; it must satisfy 0 < low <= high <= 1")
-    return low, high
-
-
 def _loops(model: Denoiser, num_loops: int | Sequence[int] | None) -> tuple[int, ...]:
     if num_loops is None:
         num_loops = model.max_loops
-    loops = [num_loops] if isinstance(num_loops, int) else list(num_loops)
+    loops = list(num_loops) if isinstance(num_loops, Iterable) else [num_loops]
     if not loops:
         raise InputError("num_loops is empty; give at least one S")
     return tuple(check_loops(S) for S in loops)

@@ -10,6 +10,8 @@ the NELBO here is the mean of the integrand over that interval.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from .. import random
 from ..config import check_loops
-from ..errors import InputError
+from ..errors import InputError, whole
 from ..model.denoiser import Denoiser, logits_at
 from ..model.depth import Depth
 from ..model.flops import uniform_loops
@@ -60,9 +62,18 @@ class NELBO:
 
 
 def sample_loops(distribution: int | Mapping[int, float], seed: int, step: int) -> int:
-    """S of a training step, the same on every rank: from U{1..distribution} or from {S: probability}."""
+    """S of a training step, the same on every rank: from U{1..distribution} or from {S: probability}.
+
+    Raises:
+        InputError: an S below 1, probabilities below 0 or that do not sum to 1.
+    """
     if isinstance(distribution, int):
         distribution = uniform_loops(distribution)
+    chances = distribution.values()
+    if not all(isinstance(p, (int, float)) and p >= 0 for p in chances) or abs(math.fsum(chances) - 1) > 1e-6:
+        raise InputError(f"num_loops is {dict(distribution)}; the probabilities of S must be at least 0 and sum to 1")
+    for loops in distribution:
+        check_loops(loops)
     u, total = random.scalar(seed, random.LOOPS, step), 0.0
     for loops, probability in sorted(distribution.items()):
         total += probability
@@ -75,9 +86,7 @@ def stratified_times(
     index: Tensor, global_batch: int, seed: int, step: int, t_range: tuple[float, float] = (T_MIN, 1.0)
 ) -> Tensor:
     """t_i = (u + i/B) mod 1 over the global batch of a step, rescaled to `t_range`; fp32 [len(index)]."""
-    low, high = t_range
-    if not 0 < low <= high <= 1:
-        raise InputError(f"t_range is {t_range}; it must satisfy 0 < low <= high <= 1")
+    low, high = check_interval("t_range", t_range)
     u = random.scalar(seed, random.TIME, step)
     return low + (high - low) * ((u + (index % global_batch).double() / global_batch) % 1.0).float()
 
@@ -156,14 +165,15 @@ def nelbo(
 
     Raises:
         InputError: ids outside the vocabulary or that the model never predicts, [MASK] among them, t outside (0, 1]
-            (all checked on CPU); shapes that disagree, an unknown objective or schedule, S < 1, a depth that the model
-            does not take.
+            (all checked on CPU); shapes that disagree, an unknown objective or schedule, S < 1 or probabilities of S
+            that do not sum to 1, a depth or document_ids that the model does not take.
     """
+    same_shape("tokens", tokens, attention_mask=attention_mask, maskable=maskable, mask=mask, document_ids=document_ids)
     B, device = len(tokens), tokens.device
-    same_shape(tokens, attention_mask=attention_mask, maskable=maskable, mask=mask)
     for name, given in (("t", t), ("index", index)):
-        if given is not None and given.shape != tokens.shape[:1]:
-            raise InputError(f"{name} is {list(given.shape)}; it must be [{B}], one for each sequence")
+        if given is not None:
+            one_each(name, given, tokens)
+    global_batch = B if global_batch is None else whole("global_batch", global_batch)
     if device.type == "cpu" and t is not None and not bool(((t > 0) & (t <= 1)).all()):
         raise InputError("t must be in (0, 1] for every sequence")
     counted = counted_tokens(model, tokens, attention_mask, maskable)
@@ -174,7 +184,7 @@ def nelbo(
     index = torch.arange(B, device=device) if index is None else index.to(device)
     loops = _draw_loops(num_loops, model.max_loops, seed, step)
     if t is None:
-        t = stratified_times(index, global_batch or B, seed, step, t_range)
+        t = stratified_times(index, global_batch, seed, step, t_range)
     if mask is None:
         corruption = corrupt(
             tokens, model.mask_id, t, seed=seed, step=step, index=index, maskable=counted, schedule=schedule
@@ -184,9 +194,9 @@ def nelbo(
         corruption = Corruption(tokens.masked_fill(mask, model.mask_id), mask, t)
 
     plan = plan_depth(model, depth, loops)
-    packed = {} if document_ids is None else {"document_ids": document_ids}
     visits: int | Depth = loops if plan is None else plan
-    hidden = model.hidden(corruption.tokens, attention_mask, visits, schedule.sigma(t), **packed)  # type: ignore[arg-type]
+    documents = packed(model, document_ids)
+    hidden = model.hidden(corruption.tokens, attention_mask, visits, schedule.sigma(t), **documents)  # type: ignore[arg-type]
 
     sequence, counts = corruption.mask.nonzero()[:, 0], counted.sum(-1)
     weight = schedule.weight(t)
@@ -230,9 +240,11 @@ def sft(
         options: whatever else `nelbo` takes, `maskable` aside.
 
     Raises:
-        InputError: a sequence without an answer, both prompt arguments or none, and what `nelbo` refuses.
+        InputError: a sequence without an answer, both prompt arguments or none, `maskable`, and what `nelbo` refuses.
     """
-    same_shape(tokens, attention_mask=attention_mask, prompt_mask=prompt_mask)
+    if "maskable" in options:
+        raise InputError("sft masks answers: leave out maskable, and tell the prompts by prompt_lengths or prompt_mask")
+    same_shape("tokens", tokens, attention_mask=attention_mask, prompt_mask=prompt_mask)
     real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if (prompt_lengths is None) == (prompt_mask is None):
         raise InputError("sft needs one of prompt_lengths and prompt_mask, to tell the prompts from the answers")
@@ -244,6 +256,8 @@ def sft(
             raise InputError(
                 f"prompt_lengths is {lengths.dtype} {list(lengths.shape)}; expected integers [{len(tokens)}]"
             )
+        if bool((lengths < 0).any()):
+            raise InputError(f"prompt_lengths are {lengths.tolist()}; a prompt has at least 0 tokens")
         answer = real & (real.cumsum(-1) > lengths[:, None])
     empty = (~answer.any(-1)).nonzero().flatten().tolist()
     if empty:
@@ -276,10 +290,48 @@ def counted_tokens(
     return counted
 
 
-def same_shape(tokens: Tensor, **others: Tensor | None) -> None:
-    for name, given in others.items():
-        if given is not None and given.shape != tokens.shape:
-            raise InputError(f"{name} is {list(given.shape)}, tokens is {list(tokens.shape)}; they must agree")
+def same_shape(name: str, tokens: Tensor, **others: Tensor | None) -> None:
+    """InputError unless the tokens are integers [B, T] and the others of their shape."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype.is_floating_point:
+        got = f"{tokens.dtype} {_shape(tokens)}" if isinstance(tokens, Tensor) else _shape(tokens)
+        raise InputError(f"{name} is {got}; expected a tensor of integers, a row for each sequence")
+    for other, given in others.items():
+        if given is not None and _shape(given) != _shape(tokens):
+            raise InputError(f"{other} is {_shape(given)}, {name} is {_shape(tokens)}; they must agree")
+
+
+def one_each(name: str, given: Tensor, tokens: Tensor) -> None:
+    """InputError unless there is one number for each of the rows of tokens."""
+    if _shape(given) != [len(tokens)]:
+        raise InputError(f"{name} is {_shape(given)}; it must be [{len(tokens)}], one for each sequence")
+
+
+def _shape(given: object) -> list[int] | str:
+    return list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+
+
+def check_interval(name: str, interval: tuple[float, float]) -> tuple[float, float]:
+    """Return (low, high) with 0 < low <= high <= 1, or raise InputError."""
+    try:
+        low, high = interval
+        inside = 0 < low <= high <= 1
+    except (TypeError, ValueError):
+        inside = False
+    if not inside:
+        raise InputError(f"{name} is {interval}; it must satisfy 0 < low <= high <= 1")
+    return low, high
+
+
+def packed(model: Denoiser, document_ids: Tensor | None) -> dict[str, Tensor]:
+    """What `hidden` is told of packed documents; InputError where the model takes none."""
+    if document_ids is None:
+        return {}
+    takes = inspect.signature(model.hidden).parameters.values()
+    if not any(p.name == "document_ids" or p.kind is p.VAR_KEYWORD for p in takes):
+        raise InputError(f"{type(model).__name__} does not take document_ids; give it one document a row")
+    if document_ids.dtype.is_floating_point:
+        raise InputError(f"document_ids is {document_ids.dtype}; documents are numbered by integers")
+    return {"document_ids": document_ids}
 
 
 def one_of(name: str, value: str, known: tuple[str, str]) -> None:
@@ -301,6 +353,8 @@ def plan_depth(model: Denoiser, depth: Depth | None, loops: int) -> Depth | None
     """A copy of the template with this pass's S, which the pass will fill."""
     if depth is None:
         return None
+    if not isinstance(depth, Depth):
+        raise InputError(f"depth is {depth!r}; it must be a Depth")
     if not getattr(model, "takes_depth", False):
         raise InputError(f"{type(model).__name__} does not take a depth; give num_loops only")
     if depth.num_loops is not None:

@@ -6,19 +6,18 @@ Masks are functions of (seed, sequence index, sample). Step 0 of a stream of ran
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import random
-from ..errors import InputError
-from ..model.denoiser import Denoiser
+from ..errors import InputError, whole
+from ..model.denoiser import Denoiser, evaluating
 from ..model.depth import Depth
-from .loss import counted_tokens, cross_entropies, plan_depth, same_shape
+from .loss import counted_tokens, cross_entropies, one_each, packed, plan_depth, same_shape
 from .schedule import Schedule
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -66,19 +65,6 @@ def count_draw(schedule: Schedule, seed: int, samples: int) -> Draw:
     return draw
 
 
-@contextlib.contextmanager
-def evaluating(model: Denoiser) -> Iterator[None]:
-    """Evaluation mode for a while; each module then returns to the mode it had."""
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
-    for module, _ in modes[:1]:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:  # parents first, so that a child's own mode has the last word
-            module.train(mode)
-
-
 @dataclass(frozen=True)
 class Measured:
     """Weighted and plain sums of CE and visits, float64 [len(S), N, samples]; masked tokens float64 [N, samples]."""
@@ -100,21 +86,19 @@ def measure(
     attention_mask: Tensor | None,
     maskable: Tensor | None,
     *,
+    document_ids: Tensor | None,
     depth: Depth | None,
     index: Tensor | None,
     batch: int,
 ) -> Measured:
     """Show every (sequence, sample) to the model at every S, `batch` of them at a time."""
-    if sequences.dim() != 2 or not sequences.numel():
+    same_shape("sequences", sequences, attention_mask=attention_mask, maskable=maskable, document_ids=document_ids)
+    if not sequences.numel():
         raise InputError(f"sequences is {list(sequences.shape)}; there must be tokens to measure, [N, T]")
-    for name, value in (("samples", samples), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
-    same_shape(sequences, attention_mask=attention_mask, maskable=maskable)
+    whole("batch", batch)
     N, device = len(sequences), model.head()[0].device
     index = torch.arange(N) if index is None else index
-    if index.shape != (N,):
-        raise InputError(f"index is {list(index.shape)}; it must be [{N}], one for each sequence")
+    one_each("index", index, sequences)
     counted = counted_tokens(model, sequences, attention_mask, maskable)
     weighted = torch.zeros(len(loops), N * samples, dtype=torch.float64)
     plain, visits, masked = torch.zeros_like(weighted), torch.zeros_like(weighted), torch.zeros_like(weighted[0])
@@ -123,13 +107,16 @@ def measure(
             cell = torch.arange(start, min(start + batch, N * samples))
             row, sample = cell // samples, cell % samples
             clean, allowed = (x[row.to(x.device)].to(device) for x in (sequences, counted))
-            real = None if attention_mask is None else attention_mask[row.to(attention_mask.device)].to(device)
+            real, documents = (
+                None if x is None else x[row.to(x.device)].to(device) for x in (attention_mask, document_ids)
+            )
             mask, sigma, weight = draw(index[row.to(index.device)].to(device), sample.to(device), allowed)
             seen, owner = clean.masked_fill(mask, model.mask_id), mask.nonzero()[:, 0]
             masked[cell] = mask.sum(-1).double().cpu()
             for i, S in enumerate(loops):
                 plan = plan_depth(model, depth, S)
-                hidden = model.hidden(seen, real, S if plan is None else plan, sigma)  # type: ignore[arg-type]
+                visit: int | Depth = S if plan is None else plan
+                hidden = model.hidden(seen, real, visit, sigma, **packed(model, documents))  # type: ignore[arg-type]
                 ce = cross_entropies(model, hidden, clean, mask)
                 sums = torch.zeros(len(cell), dtype=torch.float64, device=device).index_add_(0, owner, ce.double())
                 plain[i, cell], weighted[i, cell] = sums.cpu(), (sums * weight).cpu()

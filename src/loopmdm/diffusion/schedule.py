@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, number
 
 EPS = 1e-3
 
@@ -53,7 +53,7 @@ class Scaled:
     eps: float = EPS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps < 1:
+        if number("eps", self.eps) >= 1:
             raise InputError(f"eps is {self.eps}; the share of tokens still clean at t = 1 must be in [0, 1)")
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Polynomial(Scaled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.power > 0 and math.isfinite(self.power)):
+        if number("power", self.power) == 0:
             raise InputError(f"power is {self.power}; it must be a number above 0")
 
     def clean(self, t: Tensor) -> Tensor:

@@ -60,15 +60,21 @@ class Spending:
         }
 
 
-def halves(profile: TimeProfile) -> tuple[TimeProfile, TimeProfile]:
-    """The even and the odd windows of a measurement.
+def check(windows: int, cost: Sequence[float], budget: float) -> None:
+    """What `spend` would refuse, said before anything is measured.
 
     Raises:
-        InputError: fewer than 4 windows, which leave no error to a half.
+        InputError: fewer than 4 windows, which leave no error to a half; a budget that the smallest S exceeds.
     """
-    N = len(profile.tokens)
-    if N < 4:
-        raise InputError(f"{N} windows cannot be split into a part to solve on and a part to check on; give more text")
+    if windows < 4:
+        raise InputError(
+            f"{windows} windows cannot be split into a part to solve on and a part to check on; give more text"
+        )
+    solve(cost, torch.zeros(1, len(cost)), [1.0], budget)
+
+
+def halves(profile: TimeProfile) -> tuple[TimeProfile, TimeProfile]:
+    """The even and the odd windows of a measurement."""
 
     def part(rows: slice) -> TimeProfile:
         fields = ("nats", "tokens", "masked", "masked_nats")
@@ -84,7 +90,11 @@ def spend(profile: TimeProfile, cost: Sequence[float], budget: float) -> Spendin
         profile: measured in bins of t that cover all of it.
         cost: FLOPs of a pass at each of `profile.loops`.
         budget: see `solve`.
+
+    Raises:
+        InputError: see `check`.
     """
+    check(len(profile.tokens), cost, budget)
     first, second = halves(profile)
     weights = profile.share.tolist()
     choice = solve(cost, first.contribution, weights, budget)

@@ -235,10 +235,14 @@ class Corpus:
         """Validation windows side by side, [n, length]; `limit` of them spread evenly."""
         self.valid.check(length)
         count = len(self.valid) // length
-        windows = torch.arange(count)
-        if limit is not None and count > limit:
-            windows = torch.linspace(0, count - 1, limit, dtype=torch.float64).long()
-        return self.valid.windows(windows * length, length, packing)
+        return self.valid.windows(spread(count, limit) * length, length, packing)
+
+
+def spread(count: int, limit: int | None = None) -> Tensor:
+    """The numbers below `count`, or `limit` of them spread evenly; int64."""
+    if limit is None or count <= limit:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, limit, dtype=torch.float64).long()
 
 
 def _meta(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..model.denoiser import Denoiser
 from ..model.lm import LoopMDM
 from ..sampling.engine import Generation, generate
+from .corpus import spread
 from .measured import Measured
 from .score import Scorer, distinct, generative_perplexity, unigram_entropy
 
@@ -197,7 +198,7 @@ def generated(
     The first row judges as many windows of the text itself, what a perfect model's samples would look like. The noise
     is the same for every S.
     """
-    windows = text.windows[torch.linspace(0, len(text.windows) - 1, min(count, len(text.windows))).long()]
+    windows = text.windows[spread(len(text.windows), count)]
     rows = [{"loops": None, "flops": None, **_judged(windows.tolist(), tokenizer, scorer)}]
     for S in loops:
         made = generate(

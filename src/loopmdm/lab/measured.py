@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.lm import LoopMDM
-from .corpus import Corpus
+from .corpus import Corpus, spread
 from .data import encode
 from .prepare import META
 from .sample import eos_id, model_folder
@@ -134,8 +134,7 @@ def read(
         raise InputError(f"context is {context}; it must be at least 0 and below the window of {length} tokens")
     windows = ids[: len(ids) // length * length].view(-1, length)
     of = len(windows)
-    if limit is not None and of > limit:
-        windows = windows[torch.linspace(0, of - 1, limit, dtype=torch.float64).long()]
+    windows = windows[spread(of, limit)]
     return Measured(
         files=names,
         characters=characters,

@@ -177,7 +177,7 @@ class Monitor:
 def bar(console: Console, start: int, steps: int, unit: str) -> Iterator[Callable[[Progress, float], None]]:
     """A progress bar on a terminal; elsewhere the evaluations' lines are the progress."""
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    state = TextColumn("S = {task.fields[loops]:<2} {task.fields[bits]:.3f} bits a character", markup=False)
+    state = TextColumn("S = {task.fields[loops]:<2} {task.fields[bits]:.3f} bits a " + unit, markup=False)
     disabled = not console.is_terminal or console.quiet
     with Bar(*columns, state, console=console, transient=True, disable=disabled) as shown:
         task = shown.add_task("", total=steps, completed=start, loops=0, bits=math.nan)

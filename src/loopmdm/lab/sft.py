@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .. import random
 from ..errors import InputError
-from .corpus import Sequences
+from .corpus import Sequences, spread
 from .data import TOKENIZERS, build_tokenizer, load_tokenizer
 from .prepare import encoder, text_hash
-from .sources import field, is_json_lines, json_rows
+from .sources import FileSource, HubSource, expand, field, is_json_lines, json_rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class SFTData:
         starts: where each pair's prompt, its answer and the next pair begin, int64 [pairs, 3].
         train, valid: numbers of the pairs of each part, int64.
         dropped: pairs that were too long for `length`.
-        characters_per_token: characters of the validation answers for each token of theirs, filling included.
     """
 
     ids: NDArray[np.uint32]
@@ -43,7 +42,6 @@ class SFTData:
     tokenizer: Tokenizer
     eos_id: int
     dropped: int
-    characters_per_token: float
 
     @property
     def mask_id(self) -> int:
@@ -71,7 +69,7 @@ class SFTData:
         Prompt and answer are tokenised apart, as sampling will see them; put what separates them into the prompt.
 
         Args:
-            path: one or several files.
+            path: one or several files, or folders of them.
             tokenizer, vocab_size: as in `Corpus.build`; BPE learns its merges from the training pairs.
 
         Raises:
@@ -79,8 +77,8 @@ class SFTData:
         """
         if not 0 < valid_share < 1:
             raise InputError(f"valid_share is {valid_share}; it must be between 0 and 1")
-        paths = [path] if isinstance(path, (str, Path)) else path
-        pairs = [pair for file in paths for pair in _pairs(file, prompt_key, answer_key)]
+        sources = expand([path] if isinstance(path, (str, Path)) else path)
+        pairs = [pair for source in sources for pair in _pairs(source, prompt_key, answer_key)]
         hashes = [text_hash(prompt) for prompt, _ in pairs]
         several = sorted(set(hashes))
         limit = several[max(1, round(len(several) * valid_share)) - 1]
@@ -89,7 +87,7 @@ class SFTData:
             tokenizer = build_tokenizer(tokenizer, seen, vocab_size)
         else:
             tokenizer = load_tokenizer(tokenizer)
-        encode, rows, starts, held, characters, end = encoder(tokenizer), [], [], [], [], 0
+        encode, rows, starts, held, end = encoder(tokenizer), [], [], [], 0
         for pair, number in zip(pairs, hashes, strict=True):
             prompt, answer = encode(list(pair))
             size = len(prompt) + len(answer)
@@ -98,22 +96,18 @@ class SFTData:
             rows += [prompt.astype(np.uint32), answer.astype(np.uint32)]
             starts.append((end, end + len(prompt), end + size))
             held.append(number <= limit)
-            characters.append(len(pair[1]))
             end += size
         dropped, part = len(pairs) - len(held), np.array(held)
         if dropped and progress:
-            progress(f"dropped {dropped} of {len(pairs)} pairs that do not fit in {length} tokens")
+            progress(f"left out {dropped} of {len(pairs)} pairs that do not fit in {length} tokens")
         if not 0 < sum(held) < len(held):
             raise InputError(
                 f"of {len(pairs)} pairs {len(held)} fit in {length} tokens, {sum(held)} of them held out; both "
                 "training and validation need some: give more pairs or a greater length"
             )
-        index = np.array(starts, np.int64)
-        learnt = length - (index[:, 1] - index[:, 0])
-        per_token = float(np.array(characters)[part].sum() / learnt[part].sum())
         train, valid = (torch.from_numpy(side.nonzero()[0]) for side in (~part, part))
         eos = tokenizer.get_vocab_size()
-        return cls(np.concatenate(rows), index, train, valid, length, tokenizer, eos, dropped, per_token)
+        return cls(np.concatenate(rows), np.array(starts, np.int64), train, valid, length, tokenizer, eos, dropped)
 
     def batch(self, seed: int, step: int, index: Tensor, *, batch_size: int) -> Sequences:
         """Training pairs, every one once an epoch; a function of seed, step and index alone (`Corpus.batch`)."""
@@ -121,8 +115,8 @@ class SFTData:
         return self.rows(self.train[random.permuted(number % count, count, seed, number // count)])
 
     def valid_windows(self, limit: int | None = None) -> Sequences:
-        """Validation pairs, or `limit` of them."""
-        return self.rows(self.valid[:limit])
+        """Validation pairs, or `limit` of them spread evenly."""
+        return self.rows(self.valid[spread(len(self.valid), limit)])
 
     def rows(self, pairs: Tensor) -> Sequences:
         """tokens and maskable [len(pairs), length]."""
@@ -134,10 +128,11 @@ class SFTData:
         return Sequences(torch.from_numpy(tokens), maskable=torch.from_numpy(maskable))
 
 
-def _pairs(path: str | Path, prompt_key: str, answer_key: str) -> Iterator[tuple[str, str]]:
-    if not is_json_lines(Path(path)):
-        raise InputError(f"{path} is not a .jsonl file; prompts and answers are read from JSON lines")
-    for place, row in json_rows(Path(path)):
+def _pairs(source: FileSource | HubSource, prompt_key: str, answer_key: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(source, FileSource) or not is_json_lines(source.path):
+        name = source.path if isinstance(source, FileSource) else source.spec
+        raise InputError(f"{name} is not a .jsonl file; prompts and answers are read from JSON lines")
+    for place, row in json_rows(source.path):
         prompt, answer = field(row, prompt_key, place), field(row, answer_key, place)
         if not answer:
             raise InputError(f"{place}: {answer_key!r} is empty")

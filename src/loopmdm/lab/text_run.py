@@ -24,6 +24,7 @@ from .prepare import META
 from .recipe import Recipe
 from .run import CHECKPOINTS, RunFolder, Stop, read_recipe
 from .sample import load
+from .sft import SFTData
 from .state import Checkpoints, read
 from .train import Trainer, accelerator_for, micro_batch
 
@@ -85,6 +86,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
+        if self.length < 1:
+            raise InputError(f"length is {self.length}; a window takes at least one token")
         if not self.data:
             raise InputError("no text file was given")
         if self.packing not in PACKINGS:
@@ -125,6 +128,7 @@ def train(out: str | Path, recipe: Recipe, settings: Settings, *, console: Conso
     """
     RunFolder.check(out)
     start = load(settings.init)[0].config if settings.init is not None else preset(settings.preset, **settings.set)
+    _check(recipe, settings, start)
     engine = accelerator_for(recipe, start)
     micro_batch(recipe, engine.num_processes)
     engine.wait_for_everyone()  # every process has seen that the folder is free
@@ -334,18 +338,16 @@ def _open_feed(
     """The run's data, in the ids of `tokenizer` if it is given; the main process builds a corpus if there is none."""
     chosen = settings.tokenizer if tokenizer is None else tokenizer
     if settings.sft:
-        return AnswerFeed(
+        pairs = SFTData.from_jsonl(
             settings.data,
             chosen,
-            settings.vocab_size,
-            recipe.seed,
-            recipe.batch_size,
             settings.length,
-            settings.eval_windows,
             settings.prompt_key,
             settings.answer_key,
-            say,
+            vocab_size=settings.vocab_size,
+            progress=lambda line: say(f"Data: {line}"),
         )
+        return AnswerFeed(pairs, recipe.seed, recipe.batch_size, settings.eval_windows)
     place = Path(settings.cache) if settings.cache is not None else path / "data"
     if engine.is_main_process and not (settings.cache is None and (place / META).exists()):
         Corpus.build(
@@ -370,13 +372,22 @@ def _configuration(settings: Settings, feed: Feed) -> ModelConfig:
     return preset(settings.preset, **{**settings.set, **fixed})
 
 
-def _fits(feed: Feed, config: ModelConfig) -> None:
-    longest = config.max_position_embeddings
-    if feed.length > longest:
+def _check(recipe: Recipe, settings: Settings, config: ModelConfig) -> None:
+    """What can be said before a large corpus is tokenised."""
+    length, longest = settings.length, config.max_position_embeddings
+    if length > longest:
         raise InputError(
-            f"length is {feed.length}, more than the model's max_position_embeddings = {longest}; shorten it or set "
-            f"max_position_embeddings={feed.length}"
+            f"length is {length}, more than the model's max_position_embeddings = {longest}; shorten it or set "
+            f"max_position_embeddings={length}"
         )
+    if recipe.backprop_loops is not None and config.loop.also:
+        raise InputError(
+            f"backprop_loops needs a model with one looped block; this one has {len(config.loop.runs)}; leave it out"
+        )
+    _eval_loops(settings.eval_loops, recipe, config)
+
+
+def _fits(feed: Feed, config: ModelConfig) -> None:
     if (config.vocab_size, config.mask_token_id) != (feed.vocab_size, feed.mask_id):
         raise InputError(
             f"the data take {feed.vocab_size} ids, the last of them the mask; the model has {config.vocab_size} and "

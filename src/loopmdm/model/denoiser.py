@@ -7,6 +7,8 @@ that they need.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -27,6 +29,8 @@ class Denoiser(Protocol):
         logit_shift: 0 if the token at i is read at i; 1 if it is read at i - 1 (Dream).
         max_loops: the S that training saw at most, used when none is given; 1 for an unlooped model.
         takes_depth: optional. True where `hidden` also takes an S a sequence or a `model.depth.Depth`.
+
+    `hidden` may take `document_ids` too (`LoopMDM.forward`), for losses and bounds of packed rows.
     """
 
     mask_id: int
@@ -85,3 +89,16 @@ def suppress(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
     if ids:
         logits.index_fill_(-1, torch.tensor(ids, device=logits.device), float("-inf"))
     return logits
+
+
+@contextlib.contextmanager
+def evaluating(model: Denoiser) -> Iterator[None]:
+    """Evaluation mode for a while; each module then returns to the mode it had."""
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
+    for module, _ in modes[:1]:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:  # parents first, so that a child's own mode has the last word
+            module.train(mode)

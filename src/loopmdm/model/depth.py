@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -80,7 +81,10 @@ class RelativeChange:
         if self.tau == 0 or k < self.min_loops:
             return torch.zeros(h.shape[0], dtype=torch.bool, device=h.device)
         h = h.to(torch.promote_types(h.dtype, torch.float32))
-        change, size = _norm(h - h_prev.to(h.dtype), positions), _norm(h, positions)
+        return self.small(_norm(h - h_prev.to(h.dtype), positions), _norm(h, positions))
+
+    def small(self, change: Tensor, size: Tensor) -> Tensor:
+        """The comparison: norms of the change and of the state, [B] each -> bool [B]."""
         return (change < self.tau * size) | (change == 0)
 
 
@@ -134,3 +138,58 @@ def stops(rule: ExitRule, h_prev: Tensor, h: Tensor, k: int, positions: Tensor |
         got = f"{stop.dtype} {list(stop.shape)}" if isinstance(stop, Tensor) else repr(stop)
         raise InputError(f"the exit rule returned {got}; it must return bool [{len(h)}], one for each sequence")
     return stop.cpu()
+
+
+class Walk(Protocol):
+    """Visits of a batch that sequences leave one by one; `apart` counts them. Rows are int64 on the host."""
+
+    def visit(self, k: int) -> None:
+        """Make visit k = 1, 2, ... of the sequences that are left."""
+
+    def stops(self, k: int) -> Tensor | None:
+        """What the exit rule says after visit k, bool on the host; None without a rule."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these of the sequences that are left."""
+
+    def output(self, rows: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Where these (None: all) of the sequences that are left are now; every tensor [rows, ...]."""
+
+
+def apart(walk: Walk, limit: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """Sequences leave the batch when they are done: the work is that of the mean S.
+
+    Args:
+        limit: the S of each sequence, int64 [B] on the host.
+
+    Returns:
+        The walk's output in the batch's order, and the visits of each sequence, int64 [B] on the host.
+    """
+    rows, visits, k = torch.arange(len(limit)), torch.zeros_like(limit), 0
+    left: list[tuple[Tensor, tuple[Tensor | None, ...]]] = []
+    while len(rows):
+        k += 1
+        walk.visit(k)
+        done = limit[rows] <= k
+        stop = None if bool(done.all()) else walk.stops(k)
+        done = done if stop is None else done | stop
+        if bool(done.all()):
+            left.append((rows, walk.output(None)))
+            visits[rows] = k
+            break
+        if bool(done.any()):
+            gone, stay = (index.nonzero()[:, 0] for index in (done, ~done))
+            visits[rows[gone]] = k
+            left.append((rows[gone], walk.output(gone)))
+            rows = rows[stay]
+            walk.keep(stay)
+    if len(left) <= 1:
+        return walk.output(None), visits
+    back = torch.cat([rows for rows, _ in left]).argsort()
+    parts = zip(*(part for _, part in left), strict=True)
+    return tuple(_together(part, back) for part in parts), visits
+
+
+def _together(parts: tuple[Tensor | None, ...], back: Tensor) -> Tensor | None:
+    held = [part for part in parts if part is not None]
+    return torch.cat(held)[back.to(held[0].device)] if held else None

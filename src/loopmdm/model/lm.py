@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint
 from .denoiser import suppress
 from .depth import Depth, check_over, planned
 from .flops import forward_flops
+from .fused import Fused
 from .loop import Anchored, Boundary, LoopedBlock
 
 
@@ -184,6 +185,13 @@ class LoopMDM(Checkpoint):
 
     def forward_flops(self, length: int, num_loops: float) -> float:
         return forward_flops(self.config, length, num_loops)
+
+    def fused(self, dtype: torch.dtype | None = None, impl: str = "auto", attention_impl: str | None = None) -> Fused:
+        """The model as it is now, for inference through the fused ops: a `Denoiser` as `generate` takes one.
+
+        Arguments and errors are those of `model.fused.Fused`.
+        """
+        return Fused(self, dtype, impl, attention_impl)
 
     def relooped(
         self,

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ModelConfig
 from ..ops.residual_norm import residual_norm
 from .block import Block, Context, rope_table
-from .depth import Depth, planned, stops
+from .depth import Depth, apart, planned, stops
 
 Boundary = Callable[[Tensor, Tensor, int], Tensor]
 """(x, x0, k) -> x, called before visit k = 2..S with the last visit's output and the first one's input."""
@@ -96,31 +96,10 @@ class LoopedBlock(nn.Module):
 
     def _apart(self, x: Tensor, limit: Tensor, context: Context, depth: Depth) -> Tensor:
         """Sequences leave the batch when they are done; limit int64 [B] and what decides it are on the host."""
-        rows, visits, x0, k = torch.arange(len(x)), torch.zeros_like(limit), x, 0
-        left: list[tuple[Tensor, Tensor]] = []
-        while len(rows):
-            k += 1
-            h = self._visit(x, x0, k, context, depth.checkpoint)
-            done = limit[rows] <= k
-            if depth.early_exit is not None and not bool(done.all()):
-                done |= stops(depth.early_exit, x, h, k, context.positions)
-            x = h
-            if bool(done.all()):
-                left.append((rows, x))
-                visits[rows] = k
-                break
-            if bool(done.any()):
-                gone, stay = (index.nonzero()[:, 0] for index in (done, ~done))
-                visits[rows[gone]] = k
-                left.append((rows[gone], x[gone.to(x.device)]))
-                rows, stay = rows[stay], stay.to(x.device)
-                x, context = x[stay], context.take(stay)
-                x0 = x if self.boundary is None else x0[stay]
+        (out,), visits = apart(_Walk(self, x, context, depth), limit)
         depth.visits = visits.to(x.device)
-        if len(left) <= 1:
-            return x
-        back = torch.cat([rows for rows, _ in left]).argsort().to(x.device)
-        return torch.cat([h for _, h in left])[back]
+        assert out is not None
+        return out
 
     def _visit(self, x: Tensor, x0: Tensor, k: int, context: Context, recompute: bool = False) -> Tensor:
         if recompute and torch.is_grad_enabled():
@@ -140,3 +119,27 @@ class LoopedBlock(nn.Module):
             # in the parameters' dtype: the residual stream may be wider
             cond = torch.zeros(1, config.cond_dim, device=x.device, dtype=next(self.parameters()).dtype)
         return Context(rope=rope, cond=cond)
+
+
+class _Walk:
+    """The sequences of one pass through a `LoopedBlock` that have not left it; a `depth.Walk`."""
+
+    def __init__(self, block: LoopedBlock, x: Tensor, context: Context, depth: Depth) -> None:
+        self.block, self.context, self.depth = block, context, depth
+        self.x = self.x0 = self.previous = x
+
+    def visit(self, k: int) -> None:
+        self.previous = self.x
+        self.x = self.block._visit(self.x, self.x0, k, self.context, self.depth.checkpoint)
+
+    def stops(self, k: int) -> Tensor | None:
+        rule = self.depth.early_exit
+        return None if rule is None else stops(rule, self.previous, self.x, k, self.context.positions)
+
+    def keep(self, rows: Tensor) -> None:
+        rows = rows.to(self.x.device)
+        self.x, self.context = self.x[rows], self.context.take(rows)
+        self.x0 = self.x if self.block.boundary is None else self.x0[rows]
+
+    def output(self, rows: Tensor | None) -> tuple[Tensor, ...]:
+        return (self.x if rows is None else self.x[rows.to(self.x.device)],)

@@ -130,9 +130,8 @@ def _fused_op(
     """(out, copy, squares, change); out is empty without x0, copy where out serves, change without previous."""
     from ..kernels import loop_boundary as kernel
 
-    dim = x.shape[-1]
-    x, x0, gain, previous = (None if t is None else t.contiguous() for t in (x, x0, gain, previous))
-    assert x is not None
+    dim, x = x.shape[-1], x.contiguous()
+    x0, gain, previous = (None if t is None else t.contiguous() for t in (x0, gain, previous))
     out = torch.empty(x.shape if x0 is not None else 0, dtype=x.dtype, device=x.device)
     copy = torch.empty(x.shape if dtype != x.dtype else 0, dtype=dtype, device=x.device)
     squares = torch.empty(*x.shape[:-1], -(-dim // GROUP), dtype=torch.float32, device=x.device)

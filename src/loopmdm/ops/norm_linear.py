@@ -19,7 +19,7 @@ class Heads(NamedTuple):
     """The columns of a qkv projection: `query` heads, `key` key heads, `key` value heads, each of `dim` numbers.
 
     The numbers of a q or k head come in pairs (2i, 2i + 1) that rotate together, whatever the model's own layout:
-    scores do not change when q and k are permuted alike (`loopmdm.model.fused` does that once, to the weights).
+    scores do not change when q and k are permuted alike (`loopmdm.model.fold` does that once, to the weights).
 
     Attributes:
         query, key, dim: H, G and head_dim (even).
@@ -81,10 +81,10 @@ def norm_linear(
         if impl != "auto":
             raise InputError(f"norm_linear: impl={impl!r} cannot run: {reason}")
         return _reference(x, squares, weight, bias, eps, act, heads)
-    shape, tables, first = [0, 0, 0], (None,) * 4, True
-    if heads is not None:
-        shape, tables, first = [heads.query, heads.key, heads.dim], heads[3:7], heads.norm_first
-    return _fused_op(x, squares, weight, bias, eps, act, shape, *tables, first, tile_list(choice.config))
+    each = heads or Heads(0, 0, 0)
+    return _fused_op(
+        x, squares, weight, bias, eps, act, list(each[:3]), *each[3:7], each.norm_first, tile_list(choice.config)
+    )
 
 
 def _check(x: Tensor, squares: Tensor, weight: Tensor, bias: Tensor | None, act: str, heads: Heads | None) -> None:
@@ -200,7 +200,8 @@ def _fused_op(
 
     depth, width = x.shape[-1], weight.shape[0]
     out = torch.empty(*x.shape[:-1], width // 2 if act == "swiglu" else width, dtype=x.dtype, device=x.device)
-    tables = [None if t is None else t.contiguous() for t in (cos, sin, q_gain, k_gain)]
+    cos, sin, q_gain, k_gain = (None if t is None else t.contiguous() for t in (cos, sin, q_gain, k_gain))
+    H, G, dim = shape
     kernel.forward(
         x.contiguous().view(-1, depth),
         squares.contiguous(),
@@ -209,7 +210,7 @@ def _fused_op(
         out,
         eps,
         act,
-        Heads(*shape, *tables, norm_first) if shape[2] else None,
+        Heads(H, G, dim, cos, sin, q_gain, k_gain, norm_first) if dim else None,
         tile_config(tile),
         compute_dtype(x),
     )
@@ -227,7 +228,8 @@ def _up(act: str, bias: bool) -> Any:
 
     def example(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> dict[str, Any]:
         x = 2 * torch.randn(3, 37, 100, generator=rng) + 1
-        made = {"x": x.to(device, dtype), "weight": (torch.randn(136, 100, generator=rng) / 10).to(device, dtype)}
+        made: dict[str, Any] = {"x": x.to(device, dtype)}
+        made["weight"] = (torch.randn(136, 100, generator=rng) / 10).to(device, dtype)
         made |= {"squares": square_sums(x).to(device), "eps": 1e-5, "act": act}
         return made | {"bias": torch.randn(136, generator=rng).to(device) if bias else None}
 
@@ -241,14 +243,14 @@ def _qkv(dim: int, norm_first: bool, period: int | None) -> Any:
         x = 2 * torch.randn(2, 37, 96, generator=rng)
         angle = 6 * torch.rand(period or 74, dim // 2, generator=rng)
         gains = [torch.rand(dim, generator=rng) + 0.5 for _ in range(2)]
-        tables = [t.to(device) for t in (angle.cos(), angle.sin(), *gains)]
+        cos, sin, q_gain, k_gain = (t.to(device) for t in (angle.cos(), angle.sin(), *gains))
         weight = torch.randn((4 + 2 * 2) * dim, 96, generator=rng) / 10
         return {
             "x": x.to(device, dtype),
             "squares": square_sums(x).to(device),
             "weight": weight.to(device, dtype),
             "bias": torch.randn(len(weight), generator=rng).to(device),
-            "heads": Heads(4, 2, dim, *tables, norm_first),
+            "heads": Heads(4, 2, dim, cos, sin, q_gain, k_gain, norm_first),
         }
 
     return example

@@ -41,7 +41,10 @@ class DepthTable:
     loops: Sequence[int]
 
     def __post_init__(self) -> None:
-        edges, loops = list(self.edges), list(self.loops)
+        try:
+            edges, loops = list(self.edges), list(self.loops)
+        except TypeError:
+            raise InputError("a depth table is made of two lists, its edges and the S between them") from None
         if not all(isinstance(e, (int, float)) and not isinstance(e, bool) for e in edges):
             raise InputError(f"a depth table's edges are numbers, not {edges}")
         if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or not all(a < b for a, b in pairwise(edges)):
@@ -69,9 +72,10 @@ class DepthTable:
 
     @classmethod
     def from_json(cls, text: str) -> DepthTable:
+        """The table that `to_json` wrote; InputError if it is none."""
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"a depth table is JSON; this cannot be read ({error})") from None
         if not isinstance(found, dict) or not all(isinstance(found.get(k), list) for k in ("edges", "loops")):
             raise InputError("a depth table is a JSON object with the lists `edges` and `loops`")

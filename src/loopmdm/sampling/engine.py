@@ -7,10 +7,8 @@ reach the model, and rows that nobody asked for do not reach the head.
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +16,14 @@ from torch import Tensor
 from .. import random
 from ..config import check_loops
 from ..diffusion.schedule import Schedule, build_schedule
-from ..errors import InputError
-from ..model.denoiser import Denoiser
+from ..errors import InputError, number, whole
+from ..model.denoiser import Denoiser, evaluating
 from ..model.depth import ExitRule
 from .filters import Filters, also_suppressed, judge
 from .generation import Generation
 from .network import Loops, Network
 from .policies import build
-from .prompts import Ends, Prompt, arrange
+from .prompts import Ends, Prompt, arrange, listed
 from .state import Policy, State
 
 STEPS = 64
@@ -121,18 +119,18 @@ def generate(
             on_step=on_step,
             eos_id=eos_id,
             early_exit=early_exit,
-            suppress=tuple(suppress) or None,
+            suppress=listed("suppress", suppress) or None,
             row_seeds=row_seeds,
             schedule=None if schedule == "linear" else schedule,
         )
     chosen = build("confidence" if policy is None else policy)
-    if row_seeds is not None and len(row_seeds) != len(tokens):
-        raise InputError(f"{len(row_seeds)} row seeds were given for {len(tokens)} sequences")
-    wanted = row_seeds if row_seeds is not None else [seed + i for i in range(len(tokens))]
+    random.signed(seed)  # refuses what is no seed
+    wanted = [seed + i for i in range(len(tokens))] if row_seeds is None else listed("row_seeds", row_seeds)
+    if len(wanted) != len(tokens):
+        raise InputError(f"{len(wanted)} row seeds were given for {len(tokens)} sequences")
     if early_exit is not None and not getattr(model, "takes_depth", False):
         raise InputError("early_exit needs a model that takes a Depth (`takes_depth`); this one does not")
-    if not isinstance(cfg_scale, (int, float)) or not 0 <= cfg_scale < math.inf:
-        raise InputError(f"cfg_scale is {cfg_scale!r}; it must be a number of at least 0")
+    number("cfg_scale", cfg_scale)
     if num_loops is None or not callable(num_loops):
         num_loops = check_loops(model.max_loops if num_loops is None else num_loops)
     network = Network(model, num_loops, early_exit, cfg_scale, also_suppressed(model, suppress))
@@ -149,7 +147,7 @@ def generate(
         block_length,
         eos_id,
     )
-    with _evaluating(model):
+    with evaluating(model):
         started = time.perf_counter()
         sampler.run(on_step)
         network.result.seconds = time.perf_counter() - started
@@ -172,8 +170,8 @@ class _Sampler:
         block_length: int | None,
         eos: int | Sequence[int] | None,
     ) -> None:
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            raise InputError(f"steps is {steps}; a whole number of at least one denoising step is needed")
+        if steps is not None:
+            whole("steps", steps)
         self.network, self.policy, self.filters, self.schedule = network, policy, filters, schedule
         self.tokens, self.row_seeds, self.steps = tokens, row_seeds, steps
         column = torch.arange(tokens.shape[1], device=tokens.device)
@@ -183,7 +181,7 @@ class _Sampler:
             raise InputError("there is nothing to generate: no mask id in the prompt and max_new_tokens is 0")
         self.generated = self.masked.clone()
         self.given = self.real & ~self.generated
-        self.ends = None if eos is None else Ends(eos, network.model.vocab_size, self.generated, self.given)
+        self.ends = None if eos is None else Ends(eos, network.model, self.generated, self.given)
         self.over = torch.zeros_like(lengths, dtype=torch.bool)
         self.confidence = torch.zeros(tokens.shape, device=tokens.device)
         self._divide(block_length)
@@ -194,8 +192,7 @@ class _Sampler:
         """Number the blocks: `block` int64 [B, T], -1 outside `generated`; `blocks` int64 [B]."""
         if block_length is None:
             block_length = self.generated.shape[1]
-        if not isinstance(block_length, int) or isinstance(block_length, bool) or block_length < 1:
-            raise InputError(f"block_length is {block_length!r}; it must be a whole number of at least 1")
+        whole("block_length", block_length)
         rank = self.generated.cumsum(-1) - 1
         self.block = torch.where(self.generated, rank // block_length, -1)
         self.blocks = self.block.max(-1).values + 1
@@ -214,11 +211,10 @@ class _Sampler:
             ran, reveal, remask = self._step(clock)
             self.masked = self.masked & ~reveal | remask
             self.result.revealed_at[reveal] = clock
-            self.result.revealed_at[remask] = -1
             if self.ends is not None:
                 self.over = self.ends.lengths(self.tokens, self.masked) >= 0
             if on_step is not None and (ran or bool(remask.any())):
-                on_step(clock, self.tokens, reveal)
+                on_step(clock, self.tokens.clone(), reveal)
         self._finish()
 
     def _unfinished(self) -> Tensor:
@@ -331,16 +327,3 @@ class _Sampler:
             self.generated = self.generated & ~cut
         result.generated = int(self.generated.sum())
         result.loops = torch.stack(self.trace) if self.trace else result.loops
-
-
-@contextlib.contextmanager
-def _evaluating(model: Denoiser) -> Iterator[None]:
-    """Evaluation mode meanwhile."""
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()  # type: ignore[attr-defined]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, number, whole
 from ..model.denoiser import Denoiser
+from .prompts import check_ids, listed
 from .state import Score
 
 
@@ -37,11 +38,10 @@ class Filters:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        t, k, p = self.temperature, self.top_k, self.top_p
-        if not isinstance(t, (int, float)) or not 0 <= t < math.inf:
-            raise InputError(f"temperature is {t!r}; it must be a number of at least 0")
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
-            raise InputError(f"top_k is {k!r}; it must be a whole number of at least 1, or None to keep all tokens")
+        number("temperature", self.temperature)
+        if self.top_k is not None:
+            whole("top_k", self.top_k)
+        p = self.top_p
         if p is not None and not (isinstance(p, (int, float)) and 0 < p <= 1):
             raise InputError(f"top_p is {p!r}; it must be in (0, 1], or None to keep all tokens")
 
@@ -54,13 +54,20 @@ class Filters:
 
         The cumulative distribution, in float64 and in the order of the ids, is inverted: the first id whose cumulative
         probability is > noise times the total.
+
+        Raises:
+            InputError: logits with a NaN or infinity, of which no distribution can be made.
         """
+        best = logits.argmax(-1, keepdim=True)
+        largest = logits.gather(-1, best)
+        if not bool(largest.isfinite().all()):
+            raise InputError("the model's logits are not finite; its weights may be damaged, or its dtype too narrow")
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return best[:, 0]
         assert noise is not None
         logits = logits.double()
         # the largest becomes 0 before it is divided: no temperature is too small
-        logits = (logits - logits.max(-1, keepdim=True).values) / self.temperature
+        logits = (logits - largest) / self.temperature
         cumulative = self.restrict(logits).softmax(-1).cumsum(-1)
         level = noise.double() * cumulative[:, -1]
         return torch.searchsorted(cumulative, level[:, None], right=True)[:, 0]
@@ -101,9 +108,8 @@ def also_suppressed(model: Denoiser, suppress: Sequence[int]) -> tuple[int, ...]
     Raises:
         InputError: an id outside the vocabulary, or no id left.
     """
-    for token in suppress:
-        if not isinstance(token, int) or not 0 <= token < model.vocab_size:
-            raise InputError(f"suppress holds {token!r}; ids must be whole numbers in 0..{model.vocab_size - 1}")
+    suppress = listed("suppress", suppress)
+    check_ids("suppress", suppress, model)
     if len({*suppress, *model.suppressed_ids, model.mask_id}) >= model.vocab_size:
         raise InputError(f"suppress leaves none of the {model.vocab_size} ids to choose from")
     return tuple(sorted({*suppress, model.mask_id} - set(model.suppressed_ids)))

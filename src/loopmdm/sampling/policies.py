@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import random
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, number
 from ..ops.select_topk import select_topk
 from .remask import P2, ReMDM
 from .state import Looks, Move, Policy, Score, State
@@ -140,7 +140,7 @@ class Threshold(Policy):
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check("tau", self.tau)
+        number("tau", self.tau)
 
     def choose(self, state: State, scores: Tensor | None) -> Move:
         assert scores is not None
@@ -166,7 +166,7 @@ class Factor(Policy):
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check("factor", self.factor)
+        number("factor", self.factor)
 
     def choose(self, state: State, scores: Tensor | None) -> Move:
         assert scores is not None
@@ -194,7 +194,7 @@ class EntropyBound(Policy):
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check("gamma", self.gamma)
+        number("gamma", self.gamma)
 
     def choose(self, state: State, scores: Tensor | None) -> Move:
         assert scores is not None
@@ -202,11 +202,6 @@ class EntropyBound(Policy):
         others = torch.nn.functional.pad(ranked, (1, -1)).cumsum(-1)  # the sum of those before it
         count = ((others <= self.gamma) & (ranked < math.inf)).sum(-1)
         return Move(select_topk(-scores, state.masked, torch.maximum(count, state.least)))
-
-
-def _check(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise InputError(f"{name} is {value!r}; it must be a number of at least 0")
 
 
 POLICIES: dict[str, type[Policy]] = {

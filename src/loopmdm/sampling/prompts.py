@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, whole
 from ..model.denoiser import Denoiser
 
 Prompt = Tensor | Sequence[int] | Sequence[Sequence[int]] | None
@@ -18,25 +18,23 @@ def arrange(
     model: Denoiser, prompt: Prompt, max_new_tokens: int, batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prompts, then masks, then padding: (tokens int64 [B, T], lengths int64 [B], prompt lengths int64 [B])."""
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+    whole("max_new_tokens", max_new_tokens, 0)
     if prompt is None:
-        rows: list[list[int]] = [[] for _ in range(batch_size)]
+        rows: list[list[int]] = [[] for _ in range(whole("batch_size", batch_size))]
     else:
         if isinstance(prompt, Tensor) and prompt.dim() not in (1, 2):
             raise InputError(f"prompt is {list(prompt.shape)}; expected ids [T] or [B, T]")
-        data: list[Any] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+        data = listed("prompt", prompt)
         data = [r.tolist() if isinstance(r, Tensor) else r for r in data]
         nested = [isinstance(r, (list, tuple)) for r in data]
         if any(nested) and not all(nested):
             raise InputError("the prompt mixes ids and sequences; pass one sequence of ids or a list of sequences")
-        rows = [list(r) for r in data] if any(nested) else [data]
+        several = any(nested) or (isinstance(prompt, Tensor) and prompt.dim() == 2)
+        rows = [list(r) for r in data] if several else [data]
     if not rows:
         raise InputError("the batch is empty")
     for row in rows:
-        for token in row:
-            if not isinstance(token, int) or not 0 <= token < model.vocab_size:
-                raise InputError(f"the prompt holds {token!r}; ids must be whole numbers in 0..{model.vocab_size - 1}")
+        check_ids("the prompt", row, model)
     prompt_lengths = torch.tensor([len(r) for r in rows], device=device)
     lengths = prompt_lengths + max_new_tokens
     longest = int(lengths.max())
@@ -51,6 +49,20 @@ def arrange(
     return tokens, lengths, prompt_lengths
 
 
+def listed(name: str, given: object) -> list[Any]:
+    """A list or tensor as a list."""
+    found = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(found, Iterable):
+        raise InputError(f"{name} is {given!r}; it must be a list")
+    return list(found)
+
+
+def check_ids(name: str, ids: Iterable[Any], model: Denoiser) -> None:
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < model.vocab_size:
+            raise InputError(f"{name} holds {token!r}; ids must be whole numbers in 0..{model.vocab_size - 1}")
+
+
 class Ends:
     """Early stop: a sequence is over once an EOS is there and everything before it is filled.
 
@@ -58,16 +70,16 @@ class Ends:
 
     Args:
         eos: id, or ids, that end a sequence.
-        vocab_size: of the model.
+        model: its vocabulary; the mask ends nothing.
         generated: bool [B, T], positions that were masked before the first step.
         given: bool [B, T], the other real positions.
     """
 
-    def __init__(self, eos: int | Sequence[int], vocab_size: int, generated: Tensor, given: Tensor) -> None:
-        ids = [eos] if isinstance(eos, int) else list(eos)
-        for token in ids:
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise InputError(f"eos_id is {token!r}; it must be a whole number in 0..{vocab_size - 1}")
+    def __init__(self, eos: int | Sequence[int], model: Denoiser, generated: Tensor, given: Tensor) -> None:
+        ids = [eos] if isinstance(eos, int) else listed("eos_id", eos)
+        check_ids("eos_id", ids, model)
+        if model.mask_id in ids:
+            raise InputError(f"eos_id is {model.mask_id}, the mask; it must be an id that the model can predict")
         self.ids = torch.tensor(ids, dtype=torch.int64, device=generated.device)
         self.column = torch.arange(generated.shape[1], device=generated.device)
         last_given = torch.where(given, self.column, -1).max(-1, keepdim=True).values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import random
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, number
 from ..ops.select_topk import select_topk
 from .state import Looks, Move, Policy, Score, State
 
@@ -53,8 +53,10 @@ class ReMDM(Policy):
     def __post_init__(self) -> None:
         if self.strategy not in ETA:
             raise InputError(f"strategy is {self.strategy!r}{nearest(str(self.strategy), ETA)}")
-        if self.eta is not None and not 0 <= self.eta <= 1:
+        if self.eta is not None and number("eta", self.eta) > 1:
             raise InputError(f"eta is {self.eta}; the remasking rate must be in [0, 1]")
+        for name in ("t_on", "t_off", "alpha_on"):
+            number(name, getattr(self, name))
         if not 0 < self.t_off < self.t_on < 1 or not 0 < self.alpha_on < 1:
             raise InputError(
                 f"t_on, t_off and alpha_on are {self.t_on}, {self.t_off} and {self.alpha_on}; "
@@ -112,8 +114,7 @@ class P2(Policy):
     temperature: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < float("inf"):
-            raise InputError(f"eta is {self.eta}; it must be a number of at least 0")
+        number("eta", self.eta)
 
     def idle(self, state: State) -> Tensor:
         return state.left == 0  # all filled: and so it stays, since fewer are masked step by step

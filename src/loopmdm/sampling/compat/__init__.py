@@ -9,7 +9,6 @@ id is suppressed unless the peer does it, and nothing stops early. Each file say
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from ... import random
 from ...config import check_loops
-from ...errors import InputError, nearest
-from ...model.denoiser import Denoiser
-from ..engine import Generation, _evaluating
+from ...errors import InputError, nearest, number, whole
+from ...model.denoiser import Denoiser, evaluating
+from ..generation import Generation
 from . import dream, llada, mdlm, smdm
 from .trace import Options, Trace, seeded, shift
 
@@ -125,12 +124,12 @@ def run(
         InputError: an unknown peer or rule, an option that the peer does not have, blocks or steps that do not divide.
     """
     if name not in PEERS:
-        raise InputError(f"compat is {name!r}{nearest(name, PEERS)}")
+        raise InputError(f"compat is {name!r}{nearest(str(name), PEERS)}")
     peer = PEERS[name]
     rule, alg_temp = _rule(name, policy, alg_temp)
     asked = {
         "temperature": None if name == "mdlm" and temperature == 1 else temperature,
-        "top_p": None if top_p is not None and top_p >= 1 else top_p,
+        "top_p": None if top_p is None or number("top_p", top_p) >= 1 else top_p,
         "top_k": top_k or None,
         "block_length": block_length,
         "cfg_scale": cfg_scale or None,
@@ -141,14 +140,14 @@ def run(
         if value is not None and option not in peer.takes:
             raise InputError(f"compat={name!r} has no {option}: its sampler does not take it; leave it out")
     options = Options(
-        _whole("steps", steps),
-        _number("temperature", peer.temperature if temperature is None else temperature),
+        whole("steps", steps),
+        number("temperature", peer.temperature if temperature is None else temperature),
         rule,
-        _number("alg_temp", alg_temp or 0.0),
-        None if asked["top_p"] is None else _number("top_p", asked["top_p"]),
-        None if asked["top_k"] is None else _whole("top_k", asked["top_k"]),
-        None if block_length is None else _whole("block_length", block_length),
-        _number("cfg_scale", cfg_scale or 0.0),
+        number("alg_temp", alg_temp or 0.0),
+        asked["top_p"],
+        None if asked["top_k"] is None else whole("top_k", asked["top_k"]),
+        None if block_length is None else whole("block_length", block_length),
+        number("cfg_scale", cfg_scale or 0.0),
     )
     loops = check_loops(model.max_loops if num_loops is None else num_loops)
     random.signed(seed)  # refuses what is no seed
@@ -157,7 +156,7 @@ def run(
     if not bool(trace.masked.any()):
         raise InputError("there is nothing to generate: no mask id in the prompt and max_new_tokens is 0")
 
-    with _evaluating(model), seeded(seed, tokens.device):
+    with evaluating(model), seeded(seed, tokens.device):
         started = time.perf_counter()
         peer.sample(trace, options)
         seconds = time.perf_counter() - started
@@ -201,15 +200,3 @@ def _rule(name: str, policy: object, alg_temp: float | None) -> tuple[str, float
         except ValueError:
             raise InputError(f"alg_temp is {argument!r} in policy {policy!r}; it must be a number") from None
     return rules[rule], alg_temp
-
-
-def _whole(option: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{option} is {value!r}; it must be a whole number of at least 1")
-    return value
-
-
-def _number(option: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise InputError(f"{option} is {value!r}; it must be a number of at least 0")
-    return value
