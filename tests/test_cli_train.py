@@ -317,7 +317,14 @@ def test_every_field_is_described_and_an_option(capsys, kind):
     assert [name for name in names if f"--{name.replace('_', '-')} " not in out.replace("\n", " ")] == []
 
 
-def test_packing_schedules_and_a_shared_cache(capsys, text, tmp_path):
+def test_packing_schedules_and_a_shared_cache(capsys, monkeypatch, text, tmp_path):
+    measured, seen = monitor.nelbo_by_loops, []
+
+    def watched(*args, **options):
+        seen.append(options["document_ids"])
+        return measured(*args, **options)
+
+    monkeypatch.setattr(monitor, "nelbo_by_loops", watched)
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_text("".join(json.dumps({"body": line}) + "\n" for line in TEXT.splitlines()))
     words = ["--data", f"{jsonl}#body", "--valid", text, "--cache", tmp_path / "cache", "--packing", "documents"]
@@ -328,6 +335,7 @@ def test_packing_schedules_and_a_shared_cache(capsys, text, tmp_path):
         status, out, err = run(capsys, "train", *words, "--out", tmp_path / name, *QUICK, *ways.split())
         assert status == 0, err
         assert ("reusing" in out) == (name == "b") and not (tmp_path / name / "data").exists()
+    assert seen and all(documents is not None for documents in seen)
     a, b = (files(tmp_path / name) for name in "ab")
     assert a["metrics.jsonl"] == b["metrics.jsonl"] and a["model/model.safetensors"] == b["model/model.safetensors"]
 

@@ -640,6 +640,8 @@ def test_a_retrofit_keeps_what_it_is_not_told():
         model.relooped(start=5)
     with pytest.raises(InputError, match="boundary is 'anchord'; did you mean 'anchored'"):
         model.relooped(boundary="anchord")
+    with pytest.raises(InputError, match="boundary is 5; it must be a name or a callable"):
+        model.relooped(boundary=5)
 
 
 # Time

@@ -57,7 +57,16 @@ class Fake:
         return 100.0 * num_loops * length
 
 
-# what the demo uses
+# what training and the demo use
+
+
+def test_packed_windows_are_measured_document_by_document():
+    model = live(tiny(), dtype=torch.float64)
+    tokens, documents = ids(6, 12, masks=0), torch.arange(12).expand(6, 12) // 5
+    apart, across = (nelbo_by_loops(model, tokens, [2], document_ids=given) for given in (documents, None))
+    want = likelihood(model, tokens, num_loops=[2], document_ids=documents)
+    torch.testing.assert_close(apart, want.nats / 12 / math.log(2))
+    assert (apart - across).abs().max() > 0.1
 
 
 def test_every_s_sees_the_same_masks():

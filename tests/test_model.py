@@ -467,6 +467,8 @@ def test_input_errors():
             model(bad)
     with pytest.raises(InputError, match=r"attention_mask is \[2, 4\], input_ids is \[2, 5\]"):
         model(tokens, torch.ones(2, 4))
+    with pytest.raises(InputError, match="attention_mask is a list; it must be a tensor"):
+        model(tokens, attention_mask=[[1] * 5] * 2)
     with pytest.raises(InputError, match=r"document_ids is \[2, 4\]"):
         model(tokens, document_ids=torch.ones(2, 4))
 

@@ -41,6 +41,7 @@ def nelbo_by_loops(
     loops: Sequence[int],
     *,
     maskable: Tensor | None = None,
+    document_ids: Tensor | None = None,
     repeats: int = 1,
     batch: int = 64,
     seed: int = 0,
@@ -52,7 +53,16 @@ def nelbo_by_loops(
     """
     if not len(sequences):
         raise InputError("there is nothing to evaluate: no sequences")
-    measured = likelihood(model, sequences, num_loops=loops, samples=repeats, maskable=maskable, batch=batch, seed=seed)
+    measured = likelihood(
+        model,
+        sequences,
+        num_loops=loops,
+        samples=repeats,
+        maskable=maskable,
+        document_ids=document_ids,
+        seed=seed,
+        batch=batch,
+    )
     return measured.nats * BITS / measured.tokens.clamp(min=1)
 
 

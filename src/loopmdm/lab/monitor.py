@@ -86,7 +86,12 @@ class Monitor:
     def evaluate(self, folder: RunFolder, progress: Progress) -> None:
         valid = self.feed.valid
         values = nelbo_by_loops(
-            progress.average, valid.tokens, self.loops, maskable=valid.maskable, seed=self.recipe.seed
+            progress.average,
+            valid.tokens,
+            self.loops,
+            maskable=valid.maskable,
+            document_ids=valid.document_ids,
+            seed=self.recipe.seed,
         )
         self.latest, self.evaluated = values / self.feed.units, progress.step
         estimates = {S: estimate(v) for S, v in zip(self.loops, self.latest, strict=True)}

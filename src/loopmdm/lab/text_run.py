@@ -44,8 +44,7 @@ class Settings:
         cache: where the tokenised text lies, to be shared by runs; None is `data/` in the run's folder.
         tokenizer: "char", "byte", "bpe", or the path of a tokenizer.json.
         vocab_size: ids of a bpe tokenizer, at most.
-        packing: "stream" windows read across the ends of documents; in "documents" attention stays within each (but
-            validation reads across them).
+        packing: "stream" windows read across the ends of documents; in "documents" attention stays within each.
         sft: fine-tune on answers: the data are JSON lines with a prompt, which is never masked, and an answer.
         prompt_key: of such lines.
         answer_key: of such lines.

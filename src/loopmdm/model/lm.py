@@ -222,6 +222,8 @@ class LoopMDM(Checkpoint):
         if isinstance(boundary, str):
             changes["boundary"], own = boundary, None
         elif boundary is not None:
+            if not callable(boundary):
+                raise InputError(f"boundary is {boundary!r}; it must be a name or a callable (x, x0, k) -> x")
             own = boundary
         with torch.device("meta"):
             twin = type(self)(self.config.replace(**changes), own)
@@ -303,7 +305,11 @@ class LoopMDM(Checkpoint):
                 f"{ids.shape[1]} tokens are more than max_position_embeddings = {self.config.max_position_embeddings}"
             )
         for name, other in (("attention_mask", attention_mask), ("document_ids", document_ids)):
-            if other is not None and other.shape != ids.shape:
+            if other is None:
+                continue
+            if not isinstance(other, Tensor):
+                raise InputError(f"{name} is a {type(other).__name__}; it must be a tensor like input_ids")
+            if other.shape != ids.shape:
                 raise InputError(f"{name} is {list(other.shape)}, input_ids is {list(ids.shape)}; they must agree")
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
