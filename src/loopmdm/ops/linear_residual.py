@@ -45,7 +45,7 @@ def linear_residual(
     choice = OP.choose(impl, x.device, h.dtype, rows=rows, dim=dim, depth=h.shape[-1])
     if choice.impl == "torch":
         return _reference(h, weight, bias, x)
-    reason = _not_fused(h, weight, bias, x)
+    reason = not_fused(h, weight, bias, x)
     if reason is not None:
         if impl != "auto":
             raise InputError(f"linear_residual: impl={impl!r} cannot run: {reason}")
@@ -89,12 +89,14 @@ def _check(h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
         raise InputError(f"linear_residual: bias is {list(bias.shape)}; it must be [{weight.shape[0]}]")
 
 
-def _not_fused(h: Tensor, *others: Tensor | None) -> str | None:
-    for t in (h, *(t for t in others if t is not None)):
+def not_fused(*tensors: Tensor | None) -> str | None:
+    """Why a forward kernel of 16 or 32 bits cannot take these tensors, or None; the ops of a layer share it."""
+    present = [t for t in tensors if t is not None]
+    for t in present:
         if t.dtype not in FUSED_DTYPES:
             return f"a tensor is {t.dtype}, the kernel takes bfloat16, float16 and float32; use impl='torch'"
-        if t.device != h.device:
-            return f"h is on {h.device} and another tensor on {t.device}; move them to one device"
+        if t.device != present[0].device:
+            return f"one tensor is on {present[0].device} and another on {t.device}; move them to one device"
         if torch.is_grad_enabled() and t.requires_grad:
             return "it has no backward; use impl='torch' or torch.no_grad()"
     return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .contract import Op
-from .linear_residual import FUSED_DTYPES, GROUP, square_sums
+from .linear_residual import FUSED_DTYPES, GROUP, not_fused, square_sums
 
 FUSED_MAX_DIM = 4096
 
@@ -92,14 +92,7 @@ def _check(x: Tensor, x0: Tensor | None, gain: Tensor | None, previous: Tensor |
 def _not_fused(x: Tensor, *others: Tensor | None) -> str | None:
     if x.shape[-1] > FUSED_MAX_DIM:
         return f"D is {x.shape[-1]}, the kernel holds rows of up to {FUSED_MAX_DIM}; use impl='torch'"
-    for t in (x, *(t for t in others if t is not None)):
-        if t.dtype not in FUSED_DTYPES:
-            return f"a tensor is {t.dtype}, the kernel takes bfloat16, float16 and float32; use impl='torch'"
-        if t.device != x.device:
-            return f"x is on {x.device} and another tensor on {t.device}; move them to one device"
-        if torch.is_grad_enabled() and t.requires_grad:
-            return "it has no backward; use impl='torch' or torch.no_grad()"
-    return None
+    return not_fused(x, *others)
 
 
 def _reference(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError, nearest
 from .contract import Op
-from .linear_residual import FUSED_DTYPES, GROUP, compute_dtype, square_sums, tile_config, tile_list
+from .linear_residual import FUSED_DTYPES, GROUP, compute_dtype, not_fused, square_sums, tile_config, tile_list
 
 ACTS = ("none", "swiglu", "gelu_tanh", "gelu", "relu2")
 
@@ -120,19 +120,9 @@ def _check(x: Tensor, squares: Tensor, weight: Tensor, bias: Tensor | None, act:
 
 
 def _not_fused(x: Tensor, squares: Tensor, weight: Tensor, bias: Tensor | None, heads: Heads | None) -> str | None:
-    tables = [] if heads is None else [heads.cos, heads.sin, heads.q_gain, heads.k_gain]
-    for t in (x, squares, weight, bias, *tables):
-        if t is None:
-            continue
-        if t.dtype not in FUSED_DTYPES:
-            return f"a tensor is {t.dtype}, the kernel takes bfloat16, float16 and float32; use impl='torch'"
-        if t.device != x.device:
-            return f"x is on {x.device} and another tensor on {t.device}; move them to one device"
-        if torch.is_grad_enabled() and t.requires_grad:
-            return "it has no backward; use impl='torch' or torch.no_grad()"
     if heads is not None and heads.q_gain is not None and (heads.dim & (heads.dim - 1) or heads.dim > 256):
         return f"heads of {heads.dim} are normalised only where that is a power of 2 up to 256; use impl='torch'"
-    return None
+    return not_fused(x, squares, weight, bias, *(heads or Heads(0, 0, 0))[3:7])
 
 
 def _reference(
