@@ -4,7 +4,8 @@
 
 Arms: "eager", the model; "compile", torch.compile(mode="max-autotune") of all of it, CUDA graphs included (CUDA only);
 "fused", `model.fused()` with impl="triton" on CUDA (attention as the table has it) and "torch" elsewhere; "graph", the
-same captured once (CUDA only), the fair rival of "compile". Arms must agree with the model in fp32 before one is timed.
+same captured once (CUDA only), the fair rival of "compile"; "graph-cublas", that with impl="cublas". Arms must agree
+with the model in fp32 before one is timed.
 Weights are drawn, not fresh: a new model's blocks are the identity.
 """
 
@@ -28,7 +29,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 OPERAND = torch.bfloat16 if CUDA else torch.float32
 NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="an arm for a CUDA device")
-ARMS = ["eager", *(pytest.param(arm, marks=NEEDS_CUDA) for arm in ("compile", "graph")), "fused"]
+ARMS = ["eager", *(pytest.param(arm, marks=NEEDS_CUDA) for arm in ("compile", "graph", "graph-cublas")), "fused"]
 VOCAB = 1024  # the head is not timed
 
 ROWS = {128: (1, 128), 256: (2, 128), 1024: (1, 1024), 4096: (4, 1024), 65536: (64, 1024)}
@@ -69,7 +70,8 @@ def arm(name: str, model: LoopMDM, ids: Tensor) -> Callable[[Tensor], Tensor]:
     if name in ("eager", "compile"):
         half = copy.deepcopy(model).to(OPERAND)
         return torch.compile(half.hidden, mode="max-autotune", dynamic=False) if name == "compile" else half.hidden
-    impls = {"impl": "triton", "attention_impl": "auto"} if CUDA else {"impl": "torch"}
+    impls = {"impl": "cublas" if name == "graph-cublas" else "triton", "attention_impl": "auto"}
+    impls = impls if CUDA else {"impl": "torch"}
     hidden = copy.deepcopy(model).to(OPERAND).fused(**impls).hidden
     if name == "fused":
         return hidden

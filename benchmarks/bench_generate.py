@@ -1,76 +1,124 @@
-"""generate end to end against a plain loop that projects every position at every step, as peers' samplers do.
+"""generate end to end against the samplers that LLaDA and MDLM publish, on the same looped model.
 
-Both arms run the same looped model; what differs is the sampler. Before anything is timed, greedy tokens must be equal
-on a float64 copy of the model (in fp32 the two round differently, and random weights make near ties).
+    pytest benchmarks/bench_generate.py --benchmark-only              small, and a few steps of the large model
+    pytest benchmarks/bench_generate.py --benchmark-only -m slow      the large model, 64 steps (a quarter of an hour)
+
+Rules: "confidence", LLaDA's low-confidence remasking at temperature 1; "ancestral", MDLM's cached ancestral sampler.
+Arms: "reference" and "loopmdm" in fp32 and with bf16 weights; ratios are to the reference in fp32, the last arm's to
+the one in bf16. Before anything is timed the greedy tokens of both must be equal on a small float64 model (in fp32
+they round differently, and random weights make near ties); at temperature 1 the noise differs, the law does not
+(tests/test_sampling_laws.py).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import loopmdm
+from loopmdm.model.lm import LoopMDM
 
-PROMPT, LENGTH, STEPS, BATCH = 16, 64, 16, 2
-ARMS = ("reference", "loopmdm")
+from .frame import CUDA, DEVICE, Run, race
+from .reference import Reference, ancestral, low_confidence
+from .sizes import drawn, model_config
 
-
-def prompts(model: loopmdm.LoopMDM) -> torch.Tensor:
-    """Random ids: from masks alone every position would tie with every other."""
-    return torch.randint(0, model.mask_id, (BATCH, PROMPT), generator=torch.Generator().manual_seed(0))
-
-
-def reference(model: loopmdm.LoopMDM, steps: int, loops: int) -> torch.Tensor:
-    """LLaDA's low-confidence sampling at temperature 0, written plainly: logits everywhere, a Python loop over rows."""
-    x = torch.cat((prompts(model), torch.full((BATCH, LENGTH), model.mask_id)), dim=1)
-    for step in range(steps):
-        masked = x == model.mask_id
-        logits = model(x, num_loops=loops).logits
-        x0 = logits.argmax(-1)
-        probability = logits.softmax(-1).gather(-1, x0[..., None])[..., 0]
-        confidence = torch.where(masked, probability, -torch.inf)
-        count = LENGTH // steps + (step < LENGTH % steps)
-        for row in range(BATCH):
-            chosen = confidence[row].topk(count).indices
-            x[row, chosen] = x0[row, chosen]
-    return x
+LOOPS = 4
+BF16, FP32 = torch.bfloat16, torch.float32
+ARMS = {
+    "reference": ("reference", FP32),
+    "reference, bf16": ("reference", BF16),
+    "loopmdm": ("loopmdm", FP32),
+    "loopmdm, bf16": ("loopmdm", BF16),
+    "loopmdm, bf16, against bf16": ("loopmdm", BF16),
+}
+CASES = {  # size: (sequences, tokens given, tokens generated, steps, rounds)
+    "tiny": (2, 16, 64, 16, 7),
+    "llama-512": (1, 0, 256, 64 if CUDA else 4, 7 if CUDA else 3),
+    "llama-512, 64 steps": (1, 0, 256, 64, 5),
+}
+SLOW = pytest.mark.slow
+SIZES = ["tiny", "llama-512", pytest.param("llama-512, 64 steps", marks=SLOW)]
 
 
-def ours(model: loopmdm.LoopMDM, loops: int) -> loopmdm.Generation:
-    return loopmdm.generate(model, prompts(model), max_new_tokens=LENGTH, steps=STEPS, num_loops=loops)
+@functools.lru_cache(maxsize=2)
+def models(size: str, dtype: torch.dtype) -> tuple[LoopMDM, Reference]:
+    model = copy.deepcopy(drawn(model_config(size.partition(",")[0]), DEVICE)).to(dtype)
+    return model, Reference(model)
 
 
-@pytest.fixture(scope="module")
-def model() -> loopmdm.LoopMDM:
-    torch.manual_seed(0)
-    made = loopmdm.LoopMDM.from_preset("tiny-llama", vocab_size=8193).eval()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return made
+def prompts(model: LoopMDM, batch: int, given: int, new: int) -> list[Tensor]:
+    """Random ids, then masks: from masks alone every position of a row would tie with every other."""
+    rng = torch.Generator().manual_seed(0)
+    masks = torch.full((batch, new), model.mask_id)
+    return [
+        torch.cat((torch.randint(0, model.mask_id, (batch, given), generator=rng), masks), 1).to(DEVICE)
+        for _ in range(4)
+    ]
 
 
-@pytest.mark.parametrize("loops", (1, 4))
-@pytest.mark.parametrize("arm", ARMS)
-def test_generate(benchmark, model, arm, loops):
-    benchmark.group = f"generate, greedy, {BATCH} x {LENGTH} tokens, {STEPS} steps, V {model.vocab_size}, S = {loops}"
+def arm(kind: str, rule: str, model: LoopMDM, plain: Reference, steps: int) -> Run:
+    """ids [B, T] with masks -> tokens [B, T]."""
+    if kind == "loopmdm":
+        temperature = 1.0 if rule == "confidence" else None
+        options = {"steps": steps, "num_loops": LOOPS, "policy": rule, "temperature": temperature}
+        return lambda ids: loopmdm.generate(model, ids, **options).tokens  # type: ignore[arg-type]
+    if rule == "confidence":
+        return lambda ids: low_confidence(plain, ids, steps, 1.0, LOOPS)
+    return lambda ids: ancestral(plain, ids, steps, LOOPS)
 
-    def run(which: loopmdm.LoopMDM) -> torch.Tensor:
-        if arm == "loopmdm":
-            return ours(which, loops).tokens
-        with torch.no_grad():
-            return reference(which, STEPS, loops)
 
-    counted = ours(model, loops)
-    exact = copy.deepcopy(model).double()
-    assert torch.equal(run(exact), ours(exact, loops).tokens)
-    benchmark.pedantic(run, (model,), rounds=5, warmup_rounds=1)
-    benchmark.extra_info.update(
-        tokens_per_second=counted.generated / benchmark.stats.stats.median,
-        nfe=counted.nfe,
-        gflop=counted.flops / 1e9,
-        head_rows=counted.head_rows if arm == "loopmdm" else BATCH * (PROMPT + LENGTH) * STEPS,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
+@functools.cache
+def check_greedy() -> None:
+    model = copy.deepcopy(drawn(model_config("tiny"), DEVICE)).double()
+    ids = prompts(model, 2, 16, 32)[0]
+    ours = loopmdm.generate(model, ids, steps=8, num_loops=2, policy="confidence", temperature=0.0).tokens
+    assert torch.equal(ours, low_confidence(Reference(model), ids, 8, 0.0, 2)), "the samplers differ"
+
+
+def filled(mask_id: int, got: Tensor, want: Tensor) -> None:
+    """Both arms filled every mask."""
+    assert got.shape == want.shape and not (got == mask_id).any() and not (want == mask_id).any()
+    check_greedy()
+
+
+@pytest.mark.parametrize("rule", ["confidence", "ancestral"])
+@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("size", SIZES)
+def test_generate(benchmark: Any, size: str, name: str, rule: str) -> None:
+    batch, given, new, steps, rounds = CASES[size]
+    if size == "llama-512" and not CUDA and "bf16" in name and rule == "ancestral":
+        pytest.skip("on a CPU only with -m slow")
+    benchmark.group = f"generate, {rule}: {size.partition(',')[0]}, {batch} x {new} tokens, {steps} steps, S = {LOOPS}"
+    benchmark.name = name
+    kind, dtype = ARMS[name]
+    model, plain = models(size, dtype)
+    rival = models(size, BF16 if name.endswith("against bf16") else FP32)
+    ids = prompts(model, batch, given, new)
+    run = arm(kind, rule, model, plain, steps)
+    if kind == "loopmdm":
+        out = loopmdm.generate(model, ids[0], steps=steps, num_loops=LOOPS, policy=rule)
+        nfe, head_rows, flops = out.nfe, out.head_rows, out.flops
+    else:
+        plain.passes = 0
+        run(ids[0])
+        nfe, head_rows = plain.passes, plain.passes * batch * (given + new)
+        flops = nfe * batch * model.forward_flops(given + new, LOOPS)
+    race(
+        benchmark,
+        run,
+        None if name == "reference" else arm("reference", rule, *rival, steps),
+        ids,
+        functools.partial(filled, model.mask_id),
+        dtype=dtype,
+        rounds=rounds,
+        tokens=batch * new,
+        flops=flops,
+        nfe=nfe,
+        loops=LOOPS,
+        head_rows=head_rows,
     )

@@ -27,10 +27,10 @@ NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="impl=triton needs a CUDA devic
 L2 = 128 << 20
 
 
-def eager(x: Tensor, x0: Tensor, gain: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
+def eager(x: Tensor, x0: Tensor, gain: Tensor, previous: Tensor, copy_gain: Tensor) -> tuple[Tensor, ...]:
     out = F.rms_norm(x + x0, x.shape[-1:], gain, 1e-5)
     change = torch.stack(((x - previous).square().sum(-1), x.square().sum(-1)), dim=-1)
-    return out, out.to(COPY), square_sums(out), change
+    return out, (out * copy_gain).to(COPY), square_sums(out), change
 
 
 @pytest.mark.parametrize("name", ["eager", "torch", pytest.param("triton", marks=NEEDS_CUDA)])
@@ -42,11 +42,13 @@ def test_loop_boundary(benchmark: Any, rows: int, dim: int, name: str) -> None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng).to(DEVICE)
 
-    gain, copies = draw(dim) + 1, min(16, max(2, L2 // (rows * dim * 12))) if CUDA else 2
-    problems = [(draw(rows, dim), draw(rows, dim), gain, draw(rows, dim)) for _ in range(copies)]
+    gain, copy_gain, copies = draw(dim) + 1, draw(dim) + 1, min(16, max(2, L2 // (rows * dim * 12))) if CUDA else 2
+    problems = [(draw(rows, dim), draw(rows, dim), gain, draw(rows, dim), copy_gain) for _ in range(copies)]
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return eager(*inputs) if name == "eager" else loop_boundary(*inputs, dtype=COPY, impl=name)
+        if name == "eager":
+            return eager(*inputs)
+        return loop_boundary(*inputs[:4], copy_gain=inputs[4], dtype=COPY, impl=name)
 
     with torch.no_grad():
         for a, b in zip(run(*problems[0]), eager(*problems[0]), strict=True):

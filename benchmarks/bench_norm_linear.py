@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_norm_linear.py --benchmark-only
 
-Arms: "eager", one kernel an operation as layers are written; "torch", the op's reference; "triton" (CUDA only). Arms
-must agree before one is timed; inputs rotate through copies that exceed the L2 cache.
+Arms: "eager", one kernel an operation as layers are written; "torch", the op's reference; "triton" and "cublas" (CUDA
+only). Arms must agree before one is timed; inputs rotate through copies that exceed the L2 cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 OPERAND = torch.bfloat16 if CUDA else torch.float32
 SIZES = [(256, 512), (4096, 768), (65536, 768), (4096, 1024)] if CUDA else [(256, 512)]
-NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="impl=triton needs a CUDA device")
+NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 HEAD = 64
 L2 = 128 << 20
 
@@ -40,7 +40,9 @@ def eager(stream: Tensor, weight: Tensor, heads: Heads | None) -> Tensor:
     return torch.cat((turned.to(OPERAND), v), dim=-1)
 
 
-@pytest.mark.parametrize("name", ["eager", "torch", pytest.param("triton", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize(
+    "name", ["eager", "torch", *(pytest.param(impl, marks=NEEDS_CUDA) for impl in ("triton", "cublas"))]
+)
 @pytest.mark.parametrize("what", ["qkv", "up"])
 @pytest.mark.parametrize("rows, dim", SIZES)
 def test_norm_linear(benchmark: Any, rows: int, dim: int, what: str, name: str) -> None:

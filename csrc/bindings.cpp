@@ -1,6 +1,10 @@
 // loopmdm._C. Pointers arrive as integers that Python has checked: dtype, shape, device, contiguity.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+
+#include "head.h"
 #include "unmask.h"
 
 #ifndef LOOPMDM_CUDA_VERSION
@@ -16,6 +20,22 @@
 
 namespace py = pybind11;
 
+namespace {
+
+// The pointers of a Scatter, in its order; 0 is null.
+using Pointers = std::array<uintptr_t, 13>;
+
+loopmdm::Scatter scatter_of(const Pointers& p, int64_t rows, int64_t cols, int64_t mask_id, int64_t eos_count, int rule,
+                            bool remask) {
+    const auto flags = [](uintptr_t at) { return reinterpret_cast<bool*>(at); };
+    const auto ints = [](uintptr_t at) { return reinterpret_cast<int64_t*>(at); };
+    return {reinterpret_cast<const float*>(p[0]), ints(p[1]), flags(p[2]), flags(p[3]), flags(p[4]), ints(p[5]),
+            reinterpret_cast<const double*>(p[6]), ints(p[7]), ints(p[8]), flags(p[9]), flags(p[10]), flags(p[11]),
+            flags(p[12]), rows, cols, mask_id, eos_count, rule, remask};
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled part of loopmdm; loopmdm.ops is the public face.";
     m.attr("version") = LOOPMDM_VERSION;
@@ -25,10 +45,37 @@ PYBIND11_MODULE(_C, m) {
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     m.def("select_topk_cpu", &loopmdm::select_topk_cpu, unlocked, py::arg("keys"), py::arg("eligible"), py::arg("k"),
           py::arg("out"), py::arg("rows"), py::arg("cols"), py::arg("threads"));
+    m.def("select_scatter_cpu", [](const Pointers& pointers, int64_t rows, int64_t cols, int64_t mask_id,
+                                   int64_t eos_count, int rule, bool remask, int threads) {
+        loopmdm::select_scatter_cpu(scatter_of(pointers, rows, cols, mask_id, eos_count, rule, remask), threads);
+    }, unlocked);
+    m.def("compact_cpu", &loopmdm::compact_cpu, unlocked, py::arg("mask"), py::arg("found"), py::arg("count"),
+          py::arg("rows"), py::arg("cols"), py::arg("capacity"));
+    py::class_<loopmdm::Head>(m, "Head", "Arguments of head_stats; see csrc/head.h.")
+        .def(py::init([](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t suppressed, int64_t rows, int64_t vocab,
+                         int64_t dim, int64_t stride, int64_t n_suppressed, bool is_bf16) {
+                 return loopmdm::Head{x, weight, bias, suppressed, rows, vocab, dim, stride, n_suppressed, is_bf16};
+             }),
+             py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("suppressed"), py::arg("rows"),
+             py::arg("vocab"), py::arg("dim"), py::arg("stride"), py::arg("n_suppressed"), py::arg("is_bf16"));
+    m.def("head_groups_cpu", &loopmdm::head_groups_cpu, unlocked, py::arg("head"), py::arg("scale"), py::arg("best"),
+          py::arg("total"), py::arg("dot"), py::arg("tempered"), py::arg("threads"));
+    m.def("head_inside_cpu", &loopmdm::head_inside_cpu, unlocked, py::arg("head"), py::arg("group"), py::arg("out"),
+          py::arg("per"), py::arg("threads"));
+    m.def("gumbel_cpu", &loopmdm::gumbel_cpu, unlocked, py::arg("seeds"), py::arg("steps"), py::arg("positions"),
+          py::arg("first"), py::arg("out"), py::arg("rows"), py::arg("count"), py::arg("stream"), py::arg("threads"));
 #ifdef LOOPMDM_CUDA
     m.attr("has_cuda") = true;
     m.def("select_topk_cuda", &loopmdm::select_topk_cuda, unlocked, py::arg("keys"), py::arg("eligible"), py::arg("k"),
           py::arg("out"), py::arg("rows"), py::arg("cols"), py::arg("device"), py::arg("stream"));
+    m.def("select_scatter_cuda", [](const Pointers& pointers, int64_t rows, int64_t cols, int64_t mask_id,
+                                    int64_t eos_count, int rule, bool remask, int device, uintptr_t stream) {
+        loopmdm::select_scatter_cuda(scatter_of(pointers, rows, cols, mask_id, eos_count, rule, remask), device,
+                                     stream);
+    }, unlocked);
+    m.def("compact_cuda", &loopmdm::compact_cuda, unlocked, py::arg("mask"), py::arg("partial"), py::arg("found"),
+          py::arg("count"), py::arg("rows"), py::arg("cols"), py::arg("capacity"), py::arg("device"),
+          py::arg("stream"));
     m.def("cuda_driver_version", &loopmdm::cuda_driver_version, "For example 13000; 0 without a driver.");
 #else
     m.attr("has_cuda") = false;

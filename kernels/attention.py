@@ -46,6 +46,15 @@ def default_config(tokens: int, head_dim: int, dtype: str) -> dict[str, int]:
     return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2 if head_dim == 128 else 3}
 
 
+def candidates(dtype: str, size: Mapping[str, int]) -> Iterable[dict[str, int]]:
+    """Tiles that `loopmdm tune` tries."""
+    tiles = [(32, 32, 8, 1), (32, 16, 4, 1), (64, 32, 8, 1)]
+    if dtype != "float32":
+        tiles = [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3)]
+        tiles += [(128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
+    return [dict(zip(("block_m", "block_n", "warps", "stages"), tile, strict=True)) for tile in tiles]
+
+
 @triton.jit
 def attend(
     acc,

@@ -1,9 +1,12 @@
 """What the fused GEMMs share: the order of tiles, the product of one tile, and the activations of an epilogue.
 
-Operands are row-major: a [M, K] as activations lie, w [N, K] as `nn.Linear` keeps its weight.
+Operands are row-major: a [M, K] as activations lie, w [N, K] as `nn.Linear` keeps its weight. A kernel multiplies for
+itself (`product`) or is handed what cuBLAS multiplied (`multiplied`), and is then that product's epilogue alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import triton
 import triton.language as tl
@@ -12,6 +15,26 @@ GROUP = 64  # columns that one partial sum of squares covers: any tile is a mult
 
 # Triton's own names for what a tile is multiplied in; the interpreter has no bf16 product, so it takes fp32 there.
 COMPUTE = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+
+
+def candidates(dtype: str, size: Mapping[str, int]) -> list[dict[str, int]]:
+    """Tiles that `loopmdm tune` tries for a product."""
+    tiles = [(64, 64, 32, 4, 2, 8), (64, 128, 32, 8, 2, 8)]
+    if dtype != "float32":
+        tiles = [(32, 64, 64, 4, 4, 8), (64, 64, 64, 4, 4, 8), (64, 128, 64, 4, 3, 8), (128, 128, 32, 8, 4, 8)]
+        tiles += [(128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 8), (128, 256, 64, 8, 3, 8), (256, 128, 64, 8, 3, 8)]
+    return [dict(zip(("block_m", "block_n", "block_k", "warps", "stages", "swath"), t, strict=True)) for t in tiles]
+
+
+def default_config(rows: int, dtype: str, ready: bool = False) -> dict[str, int]:
+    """Tiles that compile without spills everywhere; small ones where there are few rows, or (ready) no product."""
+    if ready:
+        return {"block_m": 16, "block_n": 128, "block_k": 16, "warps": 4, "stages": 1, "swath": 8}
+    if dtype == "float32":
+        return {"block_m": 64, "block_n": 64, "block_k": 32, "warps": 4, "stages": 2, "swath": 8}
+    if rows <= 512:
+        return {"block_m": 32, "block_n": 64, "block_k": 64, "warps": 4, "stages": 4, "swath": 8}
+    return {"block_m": 128, "block_n": 128, "block_k": 64, "warps": 8, "stages": 3, "swath": 8}
 
 
 @triton.jit
@@ -57,6 +80,27 @@ def product(
         a_at += BLOCK_K
         w_at += BLOCK_K
     return acc
+
+
+@triton.jit
+def multiplied(y_ptr, row_tile, column_tile, n_rows, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This tile of y [n_rows, N] in fp32: what `product` returns, where it has been multiplied before."""
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = (row_tile * BLOCK_M + rows < n_rows)[:, None] & (column_tile * BLOCK_N + cols < N)[None, :]
+    start = row_tile.to(tl.int64) * BLOCK_M * N + column_tile * BLOCK_N
+    return tl.load(y_ptr + start + rows[:, None] * N + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def vector(ptr, rows, cols, n_rows, period, N: tl.constexpr, PER_SEQUENCE: tl.constexpr):
+    """A vector over columns in fp32: ptr [N] as [1, BLOCK_N], or ptr [n_rows / period, N] as [BLOCK_M, BLOCK_N]."""
+    if PER_SEQUENCE:
+        at = (rows // period)[:, None] * N + cols[None, :]
+        inside = (rows < n_rows)[:, None] & (cols < N)[None, :]
+    else:
+        at = cols[None, :]
+        inside = (cols < N)[None, :]
+    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -34,6 +34,13 @@ MAX_DIM = 4096  # a row is one tile in registers, and the backward's spills beyo
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def candidates(dtype: str, size: Mapping[str, int]) -> Iterable[dict[str, int]]:
+    """Rows and warps that `loopmdm tune` tries: a warp takes 64 to 1024 numbers of a tile."""
+    block = triton.next_power_of_2(size.get("dim", MAX_DIM))
+    tries = ((rows, warps) for rows in (1, 2, 4, 8) for warps in (2, 4, 8, 16))
+    return [{"rows": rows, "warps": warps} for rows, warps in tries if 64 <= rows * block // warps <= 1024]
+
+
 def default_config(dim: int) -> dict[str, int]:
     """Rows a program and warps: 8 fp32 values a thread and tile. With 16 some GPUs spill in the backward."""
     block = triton.next_power_of_2(dim)

@@ -4,12 +4,17 @@ A row says "op `op` on architecture `arch` in `dtype`, for sizes up to `upto`, r
 `config`", and carries its evidence: `measured: benchmarks/results/FILE` or `compiled` (it fits
 and does not spill, nobody timed it). Automatic dispatch uses measured rows only. Nothing autotunes
 at run time.
+
+Rows that `loopmdm tune` measured on a machine of its own lie in one file of the user's, `override_file()`, and are
+looked at before these tables. A file that is not what `loopmdm tune` writes is ignored with one warning.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +24,7 @@ import torch
 
 T = TypeVar("T")
 TABLES = Path(__file__).parent / "tables"
+OVERRIDE = "LOOPMDM_TUNED"
 _CACHES: list[Callable[[], None]] = []
 
 
@@ -94,9 +100,68 @@ class Compile(NamedTuple):
     registers: int = 255
 
 
+def override_file() -> Path | None:
+    """Where the user's own rows lie, whether or not there is such a file; None where they are switched off.
+
+    LOOPMDM_TUNED in the environment names it (empty: none), else it is loopmdm/tuned.json in XDG_CONFIG_HOME or
+    ~/.config. Its rows hold for an architecture, so do not share it between machines with different processors.
+    """
+    named = os.environ.get(OVERRIDE)
+    if named is not None:
+        return Path(named).expanduser() if named else None
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    try:
+        config = Path(base) if os.path.isabs(base) else Path.home() / ".config"
+    except RuntimeError:  # no home
+        return None
+    return config / "loopmdm" / "tuned.json"
+
+
+def read_override(path: Path) -> tuple[Row, ...]:
+    """The rows of a file that `loopmdm tune` wrote.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no such file; the message says what is wrong.
+    """
+    held = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(held, dict) or not isinstance(held.get("rows"), list):
+        raise ValueError('it is not {"rows": [...]}')
+    return tuple(_row(entry) for entry in held["rows"])
+
+
+def _row(entry: Any) -> Row:
+    kinds = {"op": str, "impl": str, "arch": str, "dtype": str, "upto": dict, "config": dict, "evidence": str}
+    if not isinstance(entry, dict) or not {"op", "impl", "arch"} <= set(entry) <= set(kinds):
+        raise ValueError(f"a row is {entry!r:.100}")
+    for name, value in entry.items():
+        counts = value.values() if kinds[name] is dict and isinstance(value, dict) else ()
+        if not isinstance(value, kinds[name]) or any(type(count) is not int for count in counts):
+            raise ValueError(f"a row's {name} is {value!r:.100}")
+    return Row(**entry)
+
+
+@constant_in_graphs
+def override() -> tuple[Row, ...]:
+    """The user's own rows; none, and one warning, where their file cannot be read."""
+    path = override_file()
+    try:
+        return () if path is None else read_override(path)
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"{path} is ignored, it does not hold the rows of `loopmdm tune`: {error}; tune again or remove it"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return ()
+
+
 @constant_in_graphs
 def rows(op: str) -> tuple[Row, ...]:
-    """All rows of an op in the order of its file; the first that covers a problem wins."""
+    """All rows of an op, the user's own first; the first that covers a problem wins."""
+    return tuple(row for row in override() if row.op == op) + table(op)
+
+
+def table(op: str) -> tuple[Row, ...]:
+    """The rows of an op's own table, in the order of its file."""
     path = TABLES / f"{op}.json"
     if not path.exists():
         return ()

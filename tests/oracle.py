@@ -40,16 +40,32 @@ def square_sums(x: Tensor) -> Tensor:
     return torch.stack([(part * part).sum(-1) for part in x.split(64, dim=-1)], dim=-1)
 
 
-def linear_residual(h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, stream: torch.dtype) -> Outputs:
+def linear_residual(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    gate: Tensor | None,
+    less: Tensor | None,
+    copy_gain: Tensor | None,
+    stream: torch.dtype,
+) -> Outputs:
     """(out, its copy, sums of squares); out is stored as `stream`, x's real dtype."""
     branch = h @ weight.T
-    out = stored(x + (branch if bias is None else branch + bias), stream)
-    return out, out, square_sums(out)
+    branch = branch if bias is None else branch + bias
+    branch = branch if gate is None else branch * gate
+    branch = branch if less is None else branch - less[..., None]
+    out = stored(x + branch, stream)
+    return out, out if copy_gain is None else out * copy_gain, square_sums(out)
 
 
-def norm_linear(stream: Tensor, weight: Tensor, bias: Tensor | None, eps: float, act: str, heads: Any = None) -> Tensor:
-    """From the stream itself, row by row: normalise, project, then rotate pair by pair or activate."""
-    normed = stream / torch.sqrt((stream**2).sum(-1, keepdim=True) / stream.shape[-1] + eps)
+def norm_linear(
+    stream: Tensor, weight: Tensor, bias: Tensor | None, eps: float | None, act: str, heads: Any = None
+) -> Tensor:
+    """From the stream itself: normalise (eps None: it is already), project, then rotate pair by pair or activate."""
+    normed = stream
+    if eps is not None:
+        normed = stream / torch.sqrt((stream**2).sum(-1, keepdim=True) / stream.shape[-1] + eps)
     y = normed @ weight.T
     y = y if bias is None else y + bias
     if act == "swiglu":
@@ -83,7 +99,13 @@ def _heads(y: Tensor, heads: Any, eps: float) -> Tensor:
 
 
 def loop_boundary(
-    x: Tensor, x0: Tensor | None, gain: Tensor | None, previous: Tensor | None, eps: float, stream: torch.dtype
+    x: Tensor,
+    x0: Tensor | None,
+    gain: Tensor | None,
+    previous: Tensor | None,
+    copy_gain: Tensor | None,
+    eps: float,
+    stream: torch.dtype,
 ) -> Outputs:
     """(out, its copy, sums of squares, (x - previous)² and x² of each token, where there is a previous)."""
     out = x
@@ -92,7 +114,7 @@ def loop_boundary(
         normed = summed / torch.sqrt((summed**2).mean(-1, keepdim=True) + eps)
         out = stored(normed if gain is None else normed * gain, stream)
     change = [] if previous is None else [torch.stack((((x - previous) ** 2).sum(-1), (x**2).sum(-1)), dim=-1)]
-    return out, out, square_sums(out), *change
+    return out, out if copy_gain is None else out * copy_gain, square_sums(out), *change
 
 
 def attention(

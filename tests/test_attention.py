@@ -160,6 +160,29 @@ def test_padding_between_documents_is_no_hole() -> None:
     assert (spans.first.tolist(), spans.last.tolist()) == ([[0, 1, 1, 3, 4, 5, 6]], [[0, 3, 3, 3, 5, 6, 6]])
 
 
+def test_packing_is_for_what_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name says so itself; "auto" asks the table what it would prefer for these spans, and whether that runs here."""
+    size = {"head_dim": 64, "tokens": 128, "batch": 2}
+    asked: list[Any] = []
+    preferred: str | None = None
+
+    def best(op: str, arch: str, dtype: torch.dtype, size: dict[str, int], **how: bool) -> tuned.Row | None:
+        asked.append((op, arch, size["spans"], how))
+        return tuned.Row(op, preferred, arch) if preferred else None
+
+    monkeypatch.setattr(tuned, "best", best)
+    monkeypatch.setattr(module, "_unavailable", lambda impl, device: None)
+    for impl in ("varlen", "flash_attn", "triton", "torch"):
+        assert module.packs(impl, CPU, torch.bfloat16, **size) == (impl in module.PACKING)
+    assert not asked
+    for name, packs in ((None, False), ("triton", False), ("varlen", True)):
+        preferred = name
+        assert module.packs("auto", CPU, torch.bfloat16, **size) is packs
+    assert asked == [("attention", "cpu", 1, {"measured_only": True})] * 3
+    monkeypatch.setattr(module, "_unavailable", lambda impl, device: "no")
+    assert not module.packs("auto", CPU, torch.bfloat16, **size)
+
+
 def test_only_runs_can_be_packed() -> None:
     for first, last in [([0, 0, 0], [3, 3, 2]), ([0, 0, 1], [2, 2, 3]), ([0, 0, 2], [3, 3, 3])]:
         with pytest.raises(InputError, match="only a partition into runs can be packed"):

@@ -50,6 +50,11 @@ def test_options(tmp_path):
     assert "E[S] = 2." in printed and "of the FLOPs" in printed
 
 
+def test_adapters(tmp_path):
+    printed = execute("adapters.md", tmp_path)
+    assert "equal within" in printed and "first differ at 'layer 0: attention'" in printed and "[4.0, 4.0," in printed
+
+
 def test_every_option_states_its_cost():
     sections = re.split(r"^## ", (DOCS / "options.md").read_text(), flags=re.MULTILINE)[1:]
     assert len(sections) == 9

@@ -37,10 +37,13 @@ def plain(layer, config, x, cond, rope):
     tables = (None, None) if rope is None else rope
     heads = Heads(H, G, hd, *tables, folded.q_gain, folded.k_gain, config.qk_norm == "before_rope")
     eps = config.norm_eps
-    qkv = norm_linear(x, square_sums(x), folded.qkv, folded.qkv_bias, eps=eps, heads=heads)
+    copy = x if folded.attn_gain is None else x * folded.attn_gain
+    qkv = norm_linear(copy, square_sums(x), folded.qkv, folded.qkv_bias, eps=eps, heads=heads)
     q, k, v = (u.transpose(1, 2) for u in qkv.view(B, T, H + 2 * G, hd).split((H, G, G), dim=2))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=H != G)
-    x, copy, squares = linear_residual(y.transpose(1, 2).flatten(2), folded.out, folded.out_bias, x)
+    x, copy, squares = linear_residual(
+        y.transpose(1, 2).flatten(2), folded.out, folded.out_bias, x, copy_gain=folded.mlp_gain
+    )
     h = norm_linear(copy, squares, folded.up, folded.up_bias, eps=eps, act=config.hidden_act)
     return linear_residual(h, folded.down, folded.down_bias, x)[0]
 
@@ -72,10 +75,26 @@ def test_folding_is_differentiable():
     assert not missing
 
 
-def test_weights_are_cast_last():
-    """A gain of 3 folded in bf16 would round twice."""
-    config = tiny("llama")
-    layer = randomize_(Block(config), seed=3)
+def test_weights_are_rounded_once():
+    """Gains stay out of them; a gate and a centre are worked in before the cast."""
+    layer = randomize_(Block(tiny("llama")), seed=3)
     got = fold(layer, None, torch.bfloat16, False)
-    assert torch.equal(got.qkv, (layer.attn.qkv.weight * layer.attn_norm.weight).bfloat16())
-    assert got.qkv.dtype == torch.bfloat16 and got.qkv_bias is None
+    assert torch.equal(got.qkv, layer.attn.qkv.weight.bfloat16()) and got.qkv_bias is None
+    assert torch.equal(got.attn_gain, layer.attn_norm.weight) and torch.equal(got.mlp_gain, layer.mlp_norm.weight)
+    layer, cond = randomize_(Block(tiny("dit")), seed=3), torch.randn(1, 12)
+    got, gate = fold(layer, cond, torch.bfloat16, False), layer.modulation(cond)[0].chunk(6)[2]
+    out = layer.attn.out.weight * gate[:, None]
+    assert torch.equal(got.out, (out - out.mean(0)).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "name, copies", [("llama", {"qkv", "up"}), ("no rotation", {"up"}), ("dit", {"qkv", "out", "down"})]
+)
+def test_what_folding_leaves_alone_is_not_copied(name, copies):
+    backbone, changes = VARIANTS[name]
+    config = tiny(backbone, **changes)
+    layer = randomize_(Block(config), seed=3).bfloat16()
+    cond = torch.randn(1, config.cond_dim).bfloat16() if config.modulation == "adaln" else None
+    got = fold(layer, cond, torch.bfloat16, config.positions == "rope")
+    own = {p.data_ptr() for p in layer.parameters()}
+    assert {name for name in ("qkv", "out", "up", "down") if getattr(got, name).data_ptr() not in own} == copies

@@ -24,10 +24,13 @@ def problem(
         return torch.randn(size, generator=rng, dtype=FP64)
 
     made = {"h": draw(*rows, depth).to(operand), "weight": (draw(dim, depth) / depth**0.5).to(operand)}
-    return made | {"bias": draw(dim).to(stream), "x": (2 * draw(*rows, dim) + 1).to(stream)}
+    made |= {"bias": draw(dim).to(stream), "x": (2 * draw(*rows, dim) + 1).to(stream)}
+    gain, gate, less = draw(dim).to(stream) + 1, draw(dim).to(stream), draw(*rows).to(stream)
+    return made | {"gate": gate, "less": less, "copy_gain": gain}
 
 
-@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("impl", ["torch", "cublas"])
+@pytest.mark.parametrize("without", [(), ("bias", "gate", "less", "copy_gain")], ids=["all", "bare"])
 @pytest.mark.parametrize(
     "operand, stream", [(FP64, FP64), (FP32, FP32), (BF16, FP32), (FP16, FP32), (BF16, BF16)], ids=str
 )
@@ -35,12 +38,17 @@ def problem(
     "rows, depth, dim", [((1,), 1, 1), ((2, 17), 100, 63), ((5,), 64, 128), ((0,), 8, 8), ((3,), 40, 200)]
 )
 def test_against_the_oracle(
-    rows: tuple[int, ...], depth: int, dim: int, operand: torch.dtype, stream: torch.dtype, biased: bool
+    rows: tuple[int, ...],
+    depth: int,
+    dim: int,
+    operand: torch.dtype,
+    stream: torch.dtype,
+    without: tuple[str, ...],
+    impl: str,
 ) -> None:
-    inputs = problem(rows, depth, dim, operand, stream)
-    if not biased:
-        inputs["bias"] = None  # type: ignore[assignment]
-    got = linear_residual(**inputs)
+    """impl="cublas" is torch's own product everywhere, and torch's epilogue on a CPU."""
+    inputs = problem(rows, depth, dim, operand, stream) | dict.fromkeys(without)  # type: ignore[operator]
+    got = linear_residual(**inputs, impl=impl)
     truth = oracle.linear_residual(*(None if t is None else t.double() for t in inputs.values()), stream)  # type: ignore[arg-type]
     assert [t.dtype for t in got[:2]] == [stream, operand] and got[2].shape == (*rows, -(-dim // 64))
     for a, b in zip(got, truth, strict=True):
@@ -56,9 +64,24 @@ def test_the_branch_is_not_lost_in_a_large_stream() -> None:
     assert oracle.error(branch, truth) < 5e-3
 
 
+def test_vectors_of_each_sequence() -> None:
+    """The rows of x lie sequence by sequence, however they are shaped."""
+    inputs = problem((2, 3, 5), 8, 16, FP32, FP32)
+    each = {"gate": torch.randn(6, 16), "copy_gain": torch.randn(6, 16)}
+    got = linear_residual(**{**inputs, **each})
+    for i, (a, b) in enumerate((a, b) for a in range(2) for b in range(3)):
+        part = {n: inputs[n][a, b] for n in ("h", "x", "less")} | {n: v[i] for n, v in each.items()}
+        for whole, one in zip(got, linear_residual(**{**inputs, **part}), strict=True):
+            torch.testing.assert_close(whole[a, b], one, rtol=0, atol=1e-6)
+
+
 def test_the_copy_is_the_stream_where_they_share_a_dtype() -> None:
-    out, copy, _ = linear_residual(**problem((4,), 8, 16, FP32, FP32))
+    """And no gain comes between them."""
+    inputs = problem((4,), 8, 16, FP32, FP32)
+    out, copy, _ = linear_residual(**{**inputs, "copy_gain": None})
     assert copy is out
+    out, copy, _ = linear_residual(**inputs)
+    assert torch.equal(copy, out * inputs["copy_gain"]) and not torch.equal(copy, out)
 
 
 def test_square_sums_of_a_16_bit_stream_are_those_of_what_is_stored() -> None:
@@ -76,6 +99,9 @@ def test_square_sums_of_a_16_bit_stream_are_those_of_what_is_stored() -> None:
         ({"weight": torch.zeros(16, 8, dtype=BF16)}, "weight in h's dtype"),
         ({"x": torch.zeros(4, 16, dtype=torch.int64)}, "floating point"),
         ({"bias": torch.zeros(8)}, r"bias is \[8\]; it must be \[16\]"),
+        ({"copy_gain": torch.zeros(3, 16)}, r"copy_gain is \[3, 16\]; it must be \[16\], or \[P, 16\] .* the 4 rows"),
+        ({"gate": torch.zeros(2, 16)}, "gate and copy_gain must have one shape"),
+        ({"less": torch.zeros(16)}, r"less is \[16\]; it must be \[4\]"),
         ({"impl": "cpp"}, "no impl 'cpp'"),
     ],
 )

@@ -22,10 +22,11 @@ def problem(shape: tuple[int, ...], stream: torch.dtype, without: str = "") -> d
         return torch.randn(size, generator=rng, dtype=FP64)
 
     made = {"x": 2 * draw(*shape) + 1, "x0": draw(*shape), "gain": draw(shape[-1]) + 1, "previous": draw(*shape)}
+    made["copy_gain"] = draw(shape[-1]) + 1
     return {name: None if name in without.split() else value.to(stream) for name, value in made.items()}
 
 
-@pytest.mark.parametrize("without", ["", "gain", "previous", "x0 gain", "x0 gain previous"])
+@pytest.mark.parametrize("without", ["", "gain copy_gain", "previous", "x0 gain", "x0 gain previous copy_gain"])
 @pytest.mark.parametrize(
     "stream, copy", [(FP64, FP64), (FP32, BF16), (FP32, FP16), (FP32, FP32), (BF16, BF16)], ids=str
 )
@@ -44,6 +45,9 @@ def test_a_plain_boundary_hands_the_stream_on() -> None:
     x = torch.randn(3, 8)
     got = loop_boundary(x)
     assert got.out is x and got.copy is x
+    gain = torch.randn(3, 8)
+    assert torch.equal(loop_boundary(x, copy_gain=gain[0]).copy, x * gain[0])
+    assert torch.equal(loop_boundary(x, copy_gain=gain).copy, x * gain)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,7 @@ def test_a_plain_boundary_hands_the_stream_on() -> None:
         ({"previous": torch.zeros(3, 8, dtype=BF16)}, "previous is"),
         ({"gain": torch.zeros(9)}, r"it must be \[8\]"),
         ({"x0": None}, "with an anchor"),
+        ({"copy_gain": torch.zeros(2, 8)}, r"copy_gain is \[2, 8\]; it must be \[8\]"),
         ({"impl": "cpp"}, "no impl 'cpp'"),
     ],
 )

@@ -44,6 +44,7 @@ def gap(inputs: dict[str, Any], **options: Any) -> float:
     bias = None if inputs["bias"] is None else inputs["bias"].double()
     truth = oracle.norm_linear(stream, inputs["weight"].double(), bias, 1e-5, **{"act": "none", **options})
     got = norm_linear(**inputs, **options)
+    assert torch.equal(got, norm_linear(**inputs, **options, impl="cublas"))  # which on a CPU is torch throughout
     assert got.dtype == inputs["x"].dtype and got.shape == truth.shape
     return oracle.error(got, truth)
 
@@ -74,6 +75,26 @@ def test_a_mean_that_dwarfs_the_spread(mean: float) -> None:
     assert gap(problem((7, 9), 96, 64, BF16, mean), act="swiglu") <= 2 * LIMIT[BF16]
 
 
+@pytest.mark.parametrize("dtype", [FP64, BF16], ids=str)
+def test_what_is_normalised_already(dtype: torch.dtype) -> None:
+    """squares=None: the sums of x itself would divide it once more."""
+    inputs = problem((7, 9), 96, 80, dtype)
+    truth = oracle.norm_linear(inputs["x"].double(), inputs["weight"].double(), inputs["bias"].double(), None, "swiglu")
+    for impl in ("torch", "cublas"):
+        got = norm_linear(inputs["x"], None, inputs["weight"], inputs["bias"], act="swiglu", impl=impl)
+        assert oracle.error(got, truth) <= LIMIT[dtype]
+
+
+def test_a_bias_of_each_sequence() -> None:
+    inputs = problem((2, 17), 48, 62, FP32)
+    del inputs["stream"]
+    inputs["bias"] = torch.randn(2, 62)
+    got = norm_linear(**inputs, act="swiglu")
+    for i in range(2):
+        part = {name: inputs[name][i] for name in ("x", "squares", "bias")}
+        torch.testing.assert_close(got[i], norm_linear(**{**inputs, **part}, act="swiglu"), rtol=0, atol=1e-6)
+
+
 def test_tiny_rows_are_held_up_by_eps() -> None:
     inputs = problem((3,), 64, 32, FP32)
     inputs["stream"] *= 1e-4
@@ -88,6 +109,7 @@ def test_tiny_rows_are_held_up_by_eps() -> None:
         ({"weight": torch.zeros(10, 16, dtype=BF16)}, "one floating dtype"),
         ({"squares": torch.zeros(4, 2)}, "take square_sums"),
         ({"bias": torch.zeros(9)}, "bias is"),
+        ({"bias": torch.zeros(3, 10)}, "a divisor of the 4 rows"),
         ({"act": "geglu"}, "no act 'geglu'"),
         ({"act": "swiglu", "weight": torch.zeros(9, 16), "bias": None}, "pairs of columns"),
         ({"act": "gelu", "heads": Heads(3, 1, 2)}, "no activation"),

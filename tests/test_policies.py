@@ -1,5 +1,6 @@
 """Every policy against a plain one, choice for choice and ties included; then schedules, names and arguments."""
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ from loopmdm.sampling.remask import P2, ReMDM
 from loopmdm.sampling.state import Move, Policy, State
 
 from .helpers import Table
-from .samplers import EVERY, REMASKING, REVEALING, Coarse
+from .samplers import EVERY, PATTERNS, REMASKING, REVEALING, Coarse, drawn
 
 MASK = Coarse.mask_id
 
@@ -203,17 +204,12 @@ def predict(model, x, temperature, seed, clock):
     logits = model.hidden(torch.tensor([x]))[0].tolist()
     model.calls.pop()
     picks, probabilities = [], []
-    noise = random.uniform(seed, random.SAMPLE_TOKEN, clock, torch.tensor([0]), len(x))[0].tolist()
     for i in range(len(x)):
         row = logits[max(0, i - model.logit_shift)]
         row = [-math.inf if v in model.suppressed_ids else a for v, a in enumerate(row)]
         weights = [math.exp(a) for a in row]
         probabilities.append([w / math.fsum(weights) for w in weights])
-        if temperature == 0:
-            picks.append(row.index(max(row)))
-        else:
-            soft = [math.exp(a / temperature) for a in row]
-            picks.append(next(v for v in range(len(soft)) if sum(soft[: v + 1]) > noise[i] * sum(soft)))
+        picks.append(drawn(row, temperature, seed, clock, i))
     return probabilities, picks
 
 
@@ -292,6 +288,23 @@ def test_the_comparison_meets_ties():
             keys = [fp32(score(view, i)) for i, token in enumerate(start) if token == MASK]
             ties += len(keys) - len(set(keys))
         assert ties >= 8
+
+
+def test_scores_are_equal_or_far_apart():
+    """So that rounding, in the order of a sum say, can decide no choice: within each score the patterns differ by more
+    than 1e-4 (an id's probability by as much from another id's of another pattern)."""
+    for never in ((7,), (2, 7)):
+        seen = {View.entropy: [], View.margin: [], View.confidence: []}
+        for row in PATTERNS.tolist():
+            weights = [0.0 if v in never else math.exp(1.5 * a) for v, a in enumerate(row)]
+            p = [w / math.fsum(weights) for w in weights]
+            view = View(p=[p], there=[0])
+            seen[View.entropy].append(view.entropy(0))
+            seen[View.margin].append(view.margin(0))
+            seen[View.confidence] += sorted({round(q, 12) for q in p if q})
+        for values in seen.values():
+            gaps = [b - a for a, b in itertools.pairwise(sorted(values))]
+            assert all(gap > 1e-4 or gap < 1e-12 for gap in gaps)
 
 
 def test_plain_rules_differ():
@@ -433,13 +446,17 @@ def test_a_policy_cannot_overstep():
     class Wild(Policy):
         remasks = True
 
+        def __init__(self, *hiding):
+            self.hiding = hiding
+
         def choose(self, state, scores):
             everything = torch.ones_like(state.masked)
-            return Move(everything, everything if bool((state.step < 2).all()) else None)
+            return Move(everything, everything if int(state.step[0]) in self.hiding else None)
 
-    out = generate(Coarse(), [1, MASK, 3, MASK], steps=6, policy=Wild())
-    assert out.tokens[0, [0, 2]].tolist() == [1, 3]
-    assert out.revealed_at.tolist() == [[-1, 2, -1, 2]]  # shown, hidden, shown
+    for policy in (Wild(0, 1), Wild(1)):
+        out = generate(Coarse(), [1, MASK, 3, MASK], steps=6, policy=policy)
+        assert out.tokens[0, [0, 2]].tolist() == [1, 3]
+        assert out.revealed_at.tolist() == [[-1, 2, -1, 2]]  # shown, hidden, shown
 
 
 # Times and schedules

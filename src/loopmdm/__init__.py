@@ -27,19 +27,32 @@ _HOME = {
     "ModelConfig": "config",
     "Move": "sampling.state",
     "Policy": "sampling.state",
+    "Ranked": "sampling.state",
     "RelativeChange": "model.depth",
     "State": "sampling.state",
+    "compact": "ops.compact",
     "generate": "sampling.engine",
     "likelihood": "diffusion",
+    "loopify": "adapters",
     "nelbo": "diffusion",
     "nelbo_by_time": "diffusion",
+    "patch": "adapters",
+    "report": "adapters",
     "residual_norm": "ops.residual_norm",
     "rolling": "diffusion",
+    "select_scatter": "ops.select_scatter",
     "select_topk": "ops.select_topk",
     "sft": "diffusion",
+    "unmask_from_logits": "sampling.unmask",
+    "unmask_step": "sampling.unmask",
+    "unpatch": "adapters",
 }
 
 if TYPE_CHECKING:
+    from .adapters import loopify as loopify
+    from .adapters import patch as patch
+    from .adapters import report as report
+    from .adapters import unpatch as unpatch
     from .config import PRESETS as PRESETS
     from .config import LoopConfig as LoopConfig
     from .config import ModelConfig as ModelConfig
@@ -54,7 +67,9 @@ if TYPE_CHECKING:
     from .model.depth import RelativeChange as RelativeChange
     from .model.lm import LoopMDM as LoopMDM
     from .model.loop import LoopedBlock as LoopedBlock
+    from .ops.compact import compact as compact
     from .ops.residual_norm import residual_norm as residual_norm
+    from .ops.select_scatter import select_scatter as select_scatter
     from .ops.select_topk import select_topk as select_topk
     from .sampling.depth import DepthTable as DepthTable
     from .sampling.engine import generate as generate
@@ -62,7 +77,10 @@ if TYPE_CHECKING:
     from .sampling.policies import POLICIES as POLICIES
     from .sampling.state import Move as Move
     from .sampling.state import Policy as Policy
+    from .sampling.state import Ranked as Ranked
     from .sampling.state import State as State
+    from .sampling.unmask import unmask_from_logits as unmask_from_logits
+    from .sampling.unmask import unmask_step as unmask_step
 
 
 def __getattr__(name: str) -> object:

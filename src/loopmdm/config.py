@@ -23,6 +23,7 @@ CHOICES = {
     "positions": ("rope", "learned", "both", "none"),
     "rope_layout": ("half", "interleaved"),
     "rope_dtype": ("float32", "input"),
+    "rope_table_dtype": ("float32", "bfloat16"),
     "modulation": ("none", "adaln"),
 }
 
@@ -98,11 +99,13 @@ class ModelConfig:
         positions: "rope", "learned", "both" or "none".
         rope_theta, rope_layout, rope_sign, rope_dtype: base; "half" or "interleaved" pairs; +1 or -1
             for the direction of rotation; "float32" or "input" for the dtype that q and k rotate in.
+        rope_table_dtype: "float32", or "bfloat16" for sines and cosines rounded to it (SMDM).
         max_position_embeddings: longest sequence (the size of the learned table; a bound otherwise).
         modulation: "none", or "adaln" for DiT's six-way shift/scale/gate from a conditioning vector.
         cond_dim: width of the conditioning vector.
         time_conditioning: feed sigma to the conditioning; off, sigma is zero and modulation constant.
         tie_word_embeddings: the head reads the embedding's weight.
+        logit_shift: 1 for a model that reads the token at i from position i - 1, as Dream does.
         dropout: on both residual branches, in training.
         residual_in_fp32: keep the residual stream in fp32 whatever the parameters' dtype.
         zero_init_output: start attention-out and MLP-down at zero, so that every block starts as the
@@ -136,11 +139,13 @@ class ModelConfig:
     rope_layout: str = "half"
     rope_sign: int = 1
     rope_dtype: str = "float32"
+    rope_table_dtype: str = "float32"
     max_position_embeddings: int = 1024
     modulation: str = "none"
     cond_dim: int = 128
     time_conditioning: bool = False
     tie_word_embeddings: bool = False
+    logit_shift: int = 0
     dropout: float = 0.0
     residual_in_fp32: bool = True
     zero_init_output: bool = True
@@ -192,6 +197,8 @@ class ModelConfig:
             )
         if self.positions in ("rope", "both") and self.head_dim % 2:  # type: ignore[operator]
             raise InputError(f"head_dim {self.head_dim} is odd; rotary positions rotate pairs")
+        if self.logit_shift not in (0, 1):
+            raise InputError(f"logit_shift is {self.logit_shift}; it must be 0 or 1")
         if self.rope_sign not in (1, -1):
             raise InputError(f"rope_sign is {self.rope_sign}; it must be 1 or -1")
         if not self.initializer_range > 0:

@@ -15,24 +15,33 @@ class InputError(ValueError):
     """
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the closest of `known`, or the whole list if none is close."""
     options = sorted(known)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(options)}"
 
 
+def shown(value: object) -> str:
+    """Return the value's repr if it is short and one line, else its type and, where it has one, its shape."""
+    text = repr(value)
+    if len(text) <= 80 and "\n" not in text:
+        return text
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + ("" if shape is None else f" {list(shape)}")
+
+
 def whole(name: str, value: int, least: int = 1) -> int:
     """Return a whole number of at least `least`, or raise InputError."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
     return value
 
 
 def number(name: str, value: float) -> float:
     """Return a finite number of at least 0, or raise InputError."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise InputError(f"{name} is {value!r}; it must be a number of at least 0")
+        raise InputError(f"{name} is {shown(value)}; it must be a number of at least 0")
     return value

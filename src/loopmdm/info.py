@@ -26,6 +26,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) if importlib.util.find_spec(name) else None for name in PACKAGES},
         "torch_cuda": torch.version.cuda,
         "devices": [_device(device) for device in devices],
+        "tuned": _tuned(devices),
         "notes": _notes(devices),
         "ops": {name: _op(op, devices[0]) for name, op in sorted(contract.all_ops().items())},
     }
@@ -37,6 +38,8 @@ def render(found: dict[str, Any]) -> str:
     lines += [f"{name} {number or 'not installed'}" for name, number in found["packages"].items()]
     lines.append(f"torch was built for CUDA {found['torch_cuda']}" if found["torch_cuda"] else "torch has no CUDA")
     lines += [f"device {line}" for line in found["devices"]]
+    if found["tuned"] is not None:
+        lines.append(f"tuned rows of your own come first: {found['tuned']}")
     lines += [f"note: {line}" for line in found["notes"]]
     lines += ["", "What impl='auto' uses here, and why not something else:"]
     width = max((len(name) for name in found["ops"]), default=0)
@@ -68,6 +71,22 @@ def _device(device: torch.device) -> str:
         return f"cpu, {torch.get_num_threads()} threads"
     facts = torch.cuda.get_device_properties(device)
     return f"{device} {facts.name}, {tuned.arch(device)}, {facts.total_memory / 2**30:.0f} GiB"
+
+
+def _tuned(devices: list[torch.device]) -> str | None:
+    """What the user's own rows are about, or why their file is not used; None where there is none."""
+    path = tuned.override_file()
+    if path is None:
+        return None
+    try:
+        rows = tuned.read_override(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        return f"not {path}, which is ignored ({error}); run `loopmdm tune` again or remove it"
+    here = [row for row in rows if row.arch in {tuned.arch(device) for device in devices}]
+    about = ", ".join(sorted({f"{row.op} {row.dtype}" for row in here})) or "none for this machine"
+    return f"{path} ({about})"
 
 
 def _notes(devices: list[torch.device]) -> list[str]:

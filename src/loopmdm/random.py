@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import InputError, whole
 
 # One stream a purpose, so that no two purposes share numbers under one seed.
-LOOPS, TIME, MASK, SAMPLE_POSITION, SAMPLE_TOKEN, DATA, T_EVAL, COUNT, ORDER, REMASK, HIT = range(11)
+LOOPS, TIME, MASK, SAMPLE_POSITION, SAMPLE_TOKEN, DATA, T_EVAL, COUNT, ORDER, REMASK, HIT, GROUP, TOKEN = range(13)
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -32,15 +32,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def uniform(seed: int | Tensor, stream: int, step: int | Tensor, index: Tensor, count: int) -> Tensor:
-    """`count` numbers for each index: fp32 [len(index), count], an odd multiple of 2^-24, so inside (0, 1).
+def uniform(seed: int | Tensor, stream: int, step: int | Tensor, index: Tensor, count: int | Tensor) -> Tensor:
+    """`count` numbers for each index: fp32 [N, count], odd multiples of 2^-24, so inside (0, 1).
 
     Args:
         seed: below 2^64, one or an int64 tensor of one a row.
         stream: purpose, 0..255.
         step: below 2^32, one or one a row.
         index: int64 [N], the global sample index or row, below 2^32.
-        count: numbers a row; number j depends on j but not on `count`.
+        count: numbers a row, 0 to count - 1, or which: int64 [N, M], any numbers mod 2^34. Number j is the same whatever
+            others are asked for.
 
     Raises:
         InputError: a step or seed outside its range, an index of fractions.
@@ -54,12 +55,16 @@ def uniform(seed: int | Tensor, stream: int, step: int | Tensor, index: Tensor, 
     seed_ = torch.as_tensor(seed if isinstance(seed, Tensor) else signed(seed), dtype=torch.int64, device=device)
     step_ = torch.as_tensor(step, dtype=torch.int64, device=device)
     seed_, step_ = (v[:, None] if v.dim() else v for v in (seed_, step_))
-    block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)[None, :]
+    if isinstance(count, Tensor):
+        block = (count >> 2) & _LOW
+    else:
+        block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)[None, :]
     words = philox(
         tuple(torch.broadcast_tensors(block, row & _LOW, step_ & _LOW, torch.full_like(block, stream))),
         (seed_ & _LOW, (seed_ >> 32) & _LOW),
     )
-    bits = torch.stack(words, dim=-1).flatten(1)[:, :count]
+    bits = torch.stack(words, dim=-1)
+    bits = bits.gather(-1, (count & 3)[..., None])[..., 0] if isinstance(count, Tensor) else bits.flatten(1)[:, :count]
     # 23 bits: with 24 the largest number would round to 1.0 in fp32.
     return (bits >> 9).to(torch.float32) * 2.0**-23 + 2.0**-24
 

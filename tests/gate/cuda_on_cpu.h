@@ -1,4 +1,4 @@
-// Enough of CUDA to run the kernel of unmask.cu on a CPU, one block at a time. Each CUDA thread is a fiber that runs
+// Enough of CUDA to run the kernels of unmask.cu on a CPU, one block at a time. Each CUDA thread is a fiber that runs
 // until it meets a barrier; a round over all fibers is the barrier. Starting the rounds at the other
 // end runs the threads in the reverse order: a result that changes means a missing __syncthreads().
 #pragma once
@@ -45,7 +45,14 @@ inline unsigned __ballot_sync(unsigned, bool flag) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline void atomicAdd(int* where, int n) { *where += n; }
+template <class T>
+inline void atomicAdd(T* where, T n) {
+    *where += n;
+}
+template <class T>
+inline void atomicMin(T* where, T n) {
+    if (n < *where) *where = n;
+}
 
 inline void run_fiber() {
     block.kernel();

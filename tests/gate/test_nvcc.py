@@ -47,7 +47,7 @@ def test_no_spills_and_few_registers(built):
     used = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     assert used and max(used) <= 64, report  # 64 lets two blocks of 512 threads share an SM
     shared = [int(n) for n in re.findall(r"(\d+) bytes smem", report)]
-    assert shared and max(shared) < 4096, report
+    assert shared and max(shared) < 8192, report
 
 
 def test_no_local_memory_in_sass(built):
@@ -55,6 +55,7 @@ def test_no_local_memory_in_sass(built):
     if tool is None:
         pytest.skip("cuobjdump comes with triton or the CUDA toolkit, neither is installed")
     sass = subprocess.run([tool, "-sass", str(built[1])], check=True, capture_output=True, text=True).stdout
-    assert "select_topk_kernel" in sass
+    for name in ("select_topk_kernel", "select_scatter_kernel", "count_kernel", "compact_kernel"):
+        assert name in sass
     assert re.findall(r"\b(?:STL|LDL)\b.*", sass) == []
     assert "VOTE" in sass, "the ranks of ties come from warp votes"

@@ -266,6 +266,7 @@ def test_9_attention_gradients_of_libraries(impl: str) -> None:
 PLANS = {
     "dit": ("dit", {}),
     "llama": ("llama", {"boundary": "anchored", "num_key_value_heads": 2, "qk_norm": "before_rope"}),
+    "timed": ("dit", {"time_conditioning": True}),
 }
 PLAN_SIZE = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512, "max_position_embeddings": 256}
 
@@ -279,16 +280,17 @@ def test_10_fused_plan(name: str) -> None:
     truth, model = copy.deepcopy(model).double().to(GPU), model.to(GPU)
     tokens = ids(5, 200).to(GPU)
     real = (torch.arange(200) < torch.tensor([200, 150, 17, 1, 99])[:, None]).to(GPU)
-    plans = [model.fused(BF16, impl) for impl in ("triton", "torch")]
+    plans = [model.fused(BF16, impl) for impl in ("triton", "cublas", "torch")]
+    sigma = torch.linspace(0.2, 3.0, 5).to(GPU)  # read by "timed" alone
     for S in (1, 4, torch.tensor([3, 1, 6, 2, 5])):
         for mask in (None, real):
             with torch.no_grad():
-                want = truth.hidden(tokens, mask, S)
-            ours, torchs = (oracle.error(plan.hidden(tokens, mask, S), want) for plan in plans)
-            assert ours <= 1.2 * torchs + 1e-6, f"S = {S}: {ours:.2e}, torch {torchs:.2e}"
+                want = truth.hidden(tokens, mask, S, sigma)
+            *ours, torchs = (oracle.error(plan.hidden(tokens, mask, S, sigma), want) for plan in plans)
+            assert max(ours) <= 1.2 * torchs + 1e-6, f"S = {S}: {ours}, torch {torchs:.2e}"
     depths = [Depth(6, RelativeChange(0.2, 1)) for _ in plans]
     for plan, depth in zip(plans, depths, strict=True):
-        plan.hidden(tokens, real, depth)
+        plan.hidden(tokens, real, depth, sigma)
         assert depth.visits is not None and depth.visits.device == tokens.device
 
 
@@ -300,20 +302,21 @@ def test_11_fused_plan_in_a_graph(name: str, no_syncs: None) -> None:
     backbone, changes = PLANS[name]
     plan = live(tiny(backbone, **PLAN_SIZE, **changes)).to(GPU).fused(BF16, "triton")
     static, fresh = (ids(3, 130, seed=seed).to(GPU) for seed in (1, 2))
+    sigma = torch.linspace(0.2, 3.0, 3).to(GPU)
     lengths = torch.tensor([[130], [40], [77]])
     real, other = ((torch.arange(130) < n).to(GPU) for n in (lengths, lengths.flip(0)))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        plan.hidden(static, real, 4)
+        plan.hidden(static, real, 4, sigma)
     torch.cuda.current_stream().wait_stream(side)
-    want = plan.hidden(fresh, other, 4)
-    plain = plan.hidden(fresh, None, 4)
+    want = plan.hidden(fresh, other, 4, sigma)
+    plain = plan.hidden(fresh, None, 4, sigma)
     torch.cuda.set_sync_debug_mode("error")
-    assert torch.equal(plan.hidden(fresh, None, 4), plain)
+    assert torch.equal(plan.hidden(fresh, None, 4, sigma), plain)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = plan.hidden(static, real, 4)
+        captured = plan.hidden(static, real, 4, sigma)
     torch.cuda.set_sync_debug_mode("default")
     static.copy_(fresh)
     real.copy_(other)

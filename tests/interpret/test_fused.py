@@ -25,19 +25,31 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("S", [1, 4])
+@pytest.mark.parametrize(
+    "impl, S, dtype", [("triton", S, dtype) for S in (1, 4) for dtype in (FP32, BF16)] + [("cublas", 1, BF16)], ids=str
+)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_agrees_with_torch(name: str, S: int, dtype: torch.dtype) -> None:
+def test_agrees_with_torch(name: str, impl: str, S: int, dtype: torch.dtype) -> None:
     """With padding, so that spans and a table a token are used; both no further from the truth than 1.2x."""
     backbone, changes = VARIANTS[name]
     model = live(tiny(backbone, **SIZE, **changes))
     tokens, real = ids(2, 9), torch.arange(9) >= torch.tensor([0, 4])[:, None]
-    ours, torchs = (model.fused(dtype, impl).hidden(tokens, real, S) for impl in ("triton", "torch"))
+    ours, torchs = (model.fused(dtype, impl).hidden(tokens, real, S) for impl in (impl, "torch"))
     assert (ours - torchs).abs().max() < (5e-2 if dtype == BF16 else 1e-5) * torchs.abs().max()
     with torch.no_grad():
         truth = copy.deepcopy(model).double().hidden(tokens, real, S)
     assert oracle.error(ours, truth) <= 1.2 * oracle.error(torchs, truth) + 1e-6
+
+
+@pytest.mark.parametrize("impl", ["triton", "cublas"])
+def test_time_conditioning(impl: str) -> None:
+    """Vectors of each sequence's own: gains, biases, gates, and the mean that a centred stream is kept without."""
+    model = live(tiny("dit", **SIZE, time_conditioning=True))
+    tokens, sigma = ids(3, 9), torch.tensor([0.1, 0.7, 4.0])
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double().hidden(tokens, num_loops=2, sigma=sigma)
+    got, torchs = (model.fused(BF16, which).hidden(tokens, num_loops=2, sigma=sigma) for which in (impl, "torch"))
+    assert oracle.error(got, truth) <= 1.2 * oracle.error(torchs, truth) + 1e-6
 
 
 def test_exits() -> None:

@@ -28,10 +28,11 @@ def problem(shape: tuple[int, ...], stream: torch.dtype, without: str = "") -> d
         return torch.randn(size, generator=rng)
 
     made = {"x": 2 * draw(*shape) + 1, "x0": draw(*shape), "gain": draw(shape[-1]) + 1, "previous": draw(*shape)}
+    made["copy_gain"] = draw(shape[-1]) + 1
     return {name: None if name in without.split() else value.to(stream) for name, value in made.items()}
 
 
-@pytest.mark.parametrize("without", ["", "gain", "x0 gain", "previous", "x0 gain previous"])
+@pytest.mark.parametrize("without", ["", "gain copy_gain", "x0 gain", "previous", "x0 gain previous copy_gain"])
 @pytest.mark.parametrize("stream, copy", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_accurate_as_torch(shape: tuple[int, ...], stream: torch.dtype, copy: torch.dtype, without: str) -> None:
@@ -43,6 +44,15 @@ def test_as_accurate_as_torch(shape: tuple[int, ...], stream: torch.dtype, copy:
         assert oracle.error(ours[i], want) <= 1.2 * oracle.error(torchs[i], want) + 1e-6
 
 
+@pytest.mark.parametrize("sequences", [1, 3, 6])
+@pytest.mark.parametrize("stream, copy", DTYPES, ids=str)
+def test_a_copy_gain_of_each_sequence(stream: torch.dtype, copy: torch.dtype, sequences: int) -> None:
+    inputs = problem((2, 9, 100), stream)
+    inputs["copy_gain"] = torch.randn(sequences, 100)
+    ours, torchs = (loop_boundary(**inputs, dtype=copy, impl=impl) for impl in ("triton", "torch"))  # type: ignore[arg-type]
+    assert oracle.error(ours.copy, torchs.copy.double()) < (1e-6 if stream == FP32 == copy else 2e-3)
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("stream, copy", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
@@ -50,8 +60,9 @@ def test_no_races_and_no_stray_accesses(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], stream: torch.dtype, copy: torch.dtype, rows: int
 ) -> None:
     inputs = problem(shape, stream)
+    inputs["copy_gain"] = torch.randn(shape[0], shape[-1])
     out, half, squares, change = launch(monkeypatch, module._fused_op, *inputs.values(), 1e-5, copy, rows, 4)
-    assert out.dtype == stream and half.numel() == out.numel() * (stream != copy)
+    assert out.dtype == stream and half.shape == out.shape and half.dtype == copy
     assert squares.shape == (*shape[:-1], -(-shape[-1] // 64)) and change.shape == (*shape[:-1], 2)
 
 
@@ -63,7 +74,7 @@ def test_refuses_what_it_cannot_do() -> None:
 
 
 def test_registration() -> None:
-    for without in ("", "x0 gain previous"):
+    for without in ("", "x0 gain previous copy_gain"):
         args = (*problem((5, 64), FP32, without).values(), 1e-5, BF16, 0, 0)
         torch.library.opcheck(module._fused_op, args, test_utils=("test_schema", "test_faketensor"))
 

@@ -43,10 +43,10 @@ def heads(dim: int, period: int, norms: bool = True, norm_first: bool = True, tu
     return Heads(2, 1, dim, *tables, *gains, norm_first)
 
 
-def both_errors(inputs: dict[str, Any], stream: Tensor, **options: Any) -> tuple[float, float]:
+def both_errors(inputs: dict[str, Any], stream: Tensor, impl: str = "triton", **options: Any) -> tuple[float, float]:
     bias = None if inputs["bias"] is None else inputs["bias"].double()
     truth = oracle.norm_linear(stream.double(), inputs["weight"].double(), bias, 1e-5, **{"act": "none", **options})
-    ours, torchs = (oracle.error(norm_linear(**inputs, **options, impl=i), truth) for i in ("triton", "torch"))
+    ours, torchs = (oracle.error(norm_linear(**inputs, **options, impl=i), truth) for i in (impl, "torch"))
     return ours, torchs
 
 
@@ -74,6 +74,24 @@ def test_heads_of_any_even_size_rotate(dim: int) -> None:
     assert ours < 1e-6
 
 
+@pytest.mark.parametrize("kind", [*ACTS, "norm first", "norm after"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_the_epilogue_of_a_product_that_torch_made(dtype: torch.dtype, kind: str) -> None:
+    options = {"heads": heads(32, 17, norm_first=kind == "norm first")} if kind[:4] == "norm" else {"act": kind}
+    ours, torchs = both_errors(*problem(34, 48, 128, dtype), impl="cublas", **options)
+    assert ours <= 1.2 * torchs + 1e-6, f"{ours:.2e}, torch {torchs:.2e}"
+
+
+@pytest.mark.parametrize("impl", ["triton", "cublas"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_what_is_normalised_already(dtype: torch.dtype, impl: str) -> None:
+    inputs, _ = problem(17, 48, 62, dtype)
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    truth = oracle.norm_linear(x.double(), weight.double(), bias.double(), None, "none")
+    ours, torchs = (oracle.error(norm_linear(x, None, weight, bias, impl=i), truth) for i in (impl, "torch"))
+    assert ours <= 1.2 * torchs + 1e-6
+
+
 @pytest.mark.parametrize("mean", [0, 1, 10, 100])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_a_mean_that_dwarfs_the_spread(dtype: torch.dtype, mean: float) -> None:
@@ -83,14 +101,19 @@ def test_a_mean_that_dwarfs_the_spread(dtype: torch.dtype, mean: float) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("rows, dim, width", [(1, 17, 64), (40, 33, 200), (100, 64, 66)])
+@pytest.mark.parametrize("ready", [False, True])
 @pytest.mark.parametrize("kind", ["swiglu", "gelu", "qkv"])
 def test_no_races_and_no_stray_accesses(
-    monkeypatch: pytest.MonkeyPatch, rows: int, dim: int, width: int, dtype: torch.dtype, kind: str
+    monkeypatch: pytest.MonkeyPatch, rows: int, dim: int, width: int, dtype: torch.dtype, kind: str, ready: bool
 ) -> None:
+    """Of the product and of the epilogue alone (ready)."""
     inputs, _ = problem(rows, dim, 128 if kind == "qkv" else width, dtype)
     shape, tables = ([2, 1, 32], heads(32, 20)[3:7]) if kind == "qkv" else ([0, 0, 0], (None,) * 4)
     act = "none" if kind == "qkv" else kind
-    args = (*inputs.values(), 1e-5, act, shape, *tables, True, tile_list(SMALL))
+    if ready:
+        inputs["x"] = torch.nn.functional.linear(inputs["x"], inputs["weight"])
+        inputs["bias"] = torch.randn(rows // min(rows, 20), len(inputs["weight"]))
+    args = (*inputs.values(), 1e-5, act, shape, *tables, True, tile_list(SMALL), ready)
     (out,) = launch(monkeypatch, lambda *a: (module._fused_op(*a),), *args)
     assert out.shape == (rows, (128 if kind == "qkv" else width) // (2 if kind == "swiglu" else 1))
 
@@ -114,12 +137,13 @@ def test_refuses_what_it_cannot_do() -> None:
 
 def test_registration() -> None:
     inputs, _ = problem(5, 16, 64, BF16)
-    args = (*inputs.values(), 1e-5, "swiglu", [0, 0, 0], None, None, None, None, True, tile_list({}))
+    args = (*inputs.values(), 1e-5, "swiglu", [0, 0, 0], None, None, None, None, True, tile_list({}), False)
     torch.library.opcheck(module._fused_op, args, test_utils=("test_schema", "test_faketensor"))
-    args = (*inputs.values(), 1e-5, "none", [2, 1, 16], *heads(16, 5)[3:7], True, tile_list({}))
+    args = (*inputs.values(), 1e-5, "none", [2, 1, 16], *heads(16, 5)[3:7], True, tile_list({}), False)
     torch.library.opcheck(module._fused_op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_examples_agree() -> None:
     for dtype in OP.dtypes:
-        assert OP.deviation("triton", torch.device("cpu"), dtype) <= OP.tolerance[dtype]
+        for impl in ("triton", "cublas"):
+            assert 0 < OP.deviation(impl, torch.device("cpu"), dtype) <= OP.tolerance[dtype]

@@ -28,9 +28,12 @@ COMMANDS = {
     "eval": "measure a model: likelihood by S and by noise level, and its samples",
     "schedule": "fill a model's table of S by noise level, for a budget of FLOPs",
     "sample": "print text from a trained model",
+    "convert": "turn another codebase's checkpoint into a LoopMDM folder, or back",
     "flops": "parameters, FLOPs and FLOPs-matched steps of a model",
     "info": "what was built, what was found, and what each op uses here",
     "selfcheck": "compare every implementation of every op with torch on this machine",
+    "bench": "run the benchmarks and show them; compare two runs",
+    "tune": "time every implementation of every op against torch here, and keep what is faster",
 }
 
 

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import random
 from ..config import check_loops
 from ..errors import InputError, whole
-from ..model.denoiser import Denoiser, logits_at
+from ..model.denoiser import Denoiser, rows_at
 from ..model.depth import Depth
 from ..model.flops import uniform_loops
+from ..ops.linear_cross_entropy import linear_cross_entropy
 from .schedule import Schedule, build_schedule
 
 T_MIN = 1e-3
@@ -199,20 +199,23 @@ def nelbo(
     hidden = model.hidden(corruption.tokens, attention_mask, visits, schedule.sigma(t), **documents)  # type: ignore[arg-type]
 
     sequence, counts = corruption.mask.nonzero()[:, 0], counted.sum(-1)
-    weight = schedule.weight(t)
+    weight = schedule.weight(t)[sequence].to(torch.promote_types(hidden.dtype, torch.float32))
+    factor, terms = _average(
+        weight if objective == "nelbo" else None,
+        sequence,
+        counts if objective == "nelbo" else corruption.mask.sum(-1),
+        average,
+    )
     losses = []
     for state in plan.outputs if plan is not None and plan.every else [hidden]:
-        ce = cross_entropies(model, state, tokens, corruption.mask)
-        weighted = ce * weight.to(ce)[sequence]
-        if objective == "nelbo":
-            losses.append(_mean(weighted, sequence, counts, average))
-        else:
-            losses.append(_mean(ce, sequence, corruption.mask.sum(-1), average))
+        total, ce = cross_entropies(model, state, tokens, corruption.mask, factor)
+        losses.append(total / terms)
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
-    weighted = weighted.detach()  # of the last visit
+    weighted = ce * weight.detach()  # of the last visit
     per_sequence = weighted.new_zeros(B).index_add_(0, sequence, weighted) / counts.clamp(min=1)
-    return NELBO(loss, _mean(weighted, sequence, counts, "token"), per_sequence, corruption, loops, len(sequence))
+    value = weighted.sum() / counts.sum().clamp(min=1)
+    return NELBO(loss, value, per_sequence, corruption, loops, len(sequence))
 
 
 def sft(
@@ -265,9 +268,16 @@ def sft(
     return nelbo(model, tokens, attention_mask=attention_mask, maskable=answer, average=average, **options)
 
 
-def cross_entropies(model: Denoiser, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """-log p of the clean token at each of the n masked positions, [n] in row-major order."""
-    return F.cross_entropy(logits_at(model, hidden, mask), tokens[mask], reduction="none")
+def cross_entropies(
+    model: Denoiser, hidden: Tensor, tokens: Tensor, mask: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """-log p of the clean token at each of n masked positions: their weighted sum, and each, [n] in row-major order.
+
+    The sum may be differentiated, what is [n] is detached. No more than a chunk of the logits is ever held.
+    """
+    head, bias = model.head()
+    picked = rows_at(model, hidden, mask)
+    return linear_cross_entropy(picked, head, tokens[mask], bias, weights, suppressed=model.suppressed_ids)
 
 
 def counted_tokens(
@@ -362,9 +372,12 @@ def plan_depth(model: Denoiser, depth: Depth | None, loops: int) -> Depth | None
     return dataclasses.replace(depth, num_loops=loops, visits=None, outputs=[])
 
 
-def _mean(values: Tensor, sequence: Tensor, counts: Tensor, average: str) -> Tensor:
-    """Mean of values [n] that belong to the rows `sequence` [n]; counts [B] is how many each row's sum stands for."""
+def _average(weight: Tensor | None, sequence: Tensor, counts: Tensor, average: str) -> tuple[Tensor | None, Tensor]:
+    """(factor [n], terms): the loss is the sum of the factors (None: 1) times the values, over `terms`.
+
+    Value i, of weight [n], belongs to row sequence[i]; counts [B] is how many terms each row's sum stands for.
+    """
     if average == "token":
-        return values.sum() / counts.sum().clamp(min=1)
-    sums = values.new_zeros(len(counts)).index_add(0, sequence, values)
-    return (sums / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+        return weight, counts.sum().clamp(min=1)
+    share = 1 / counts.clamp(min=1).to(torch.float32 if weight is None else weight.dtype)[sequence]
+    return share if weight is None else weight * share, (counts > 0).sum().clamp(min=1)

@@ -117,7 +117,7 @@ def measure(
                 plan = plan_depth(model, depth, S)
                 visit: int | Depth = S if plan is None else plan
                 hidden = model.hidden(seen, real, visit, sigma, **packed(model, documents))  # type: ignore[arg-type]
-                ce = cross_entropies(model, hidden, clean, mask)
+                _, ce = cross_entropies(model, hidden, clean, mask)
                 sums = torch.zeros(len(cell), dtype=torch.float64, device=device).index_add_(0, owner, ce.double())
                 plain[i, cell], weighted[i, cell] = sums.cpu(), (sums * weight).cpu()
                 done = plan.visits if plan is not None else None

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
 from matplotlib.axes import Axes
 
+from ..errors import InputError
 from .measured import HELD_OUT
 
 LOOPED, UNLOOPED, LIMIT = "#1f5fa8", "#c2571a", "#888888"
@@ -233,6 +234,33 @@ def _loop_axis(axis: Axes, loops: list[int]) -> None:
 
 def _bars(errors: Iterable[float | None]) -> list[float]:
     return [0.0 if error is None else error for error in errors]
+
+
+def ratios(path: Path, results: dict[str, Any]) -> None:
+    """Times faster than the reference, with intervals: a bar an arm, on a logarithmic axis around 1."""
+    rows = [row for row in results["rows"] if "ratio" in row]
+    if not rows:
+        raise InputError("there is no ratio to draw: every row is a reference's own")
+    kinds = list(dict.fromkeys(row["group"].partition(":")[0] for row in rows))
+    heights = [0.8 + 0.28 * sum(row["group"].partition(":")[0] == kind for row in rows) for kind in kinds]
+    figure, axes = plt.subplots(
+        len(kinds), 1, figsize=(9, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for (axis,), kind in zip(axes, kinds, strict=True):
+        chosen = [row for row in reversed(rows) if row["group"].partition(":")[0] == kind]
+        labels = [f"{row['group'].partition(':')[2].strip()}  {row['arm']}" for row in chosen]
+        middle = [row["ratio"] for row in chosen]
+        bars = [[m - row["ratio_low"] for m, row in zip(middle, chosen, strict=True)],
+                [row["ratio_high"] - m for m, row in zip(middle, chosen, strict=True)]]  # fmt: skip
+        colours = [LOOPED if m >= 1 else UNLOOPED for m in middle]
+        axis.barh(range(len(chosen)), [m - 1 for m in middle], left=1, color=colours, xerr=bars, height=0.6)
+        axis.set_yticks(range(len(chosen)), labels, fontsize=7)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.xaxis.set_minor_formatter(lambda value, _: "")
+        axis.axvline(1, color=LIMIT, linewidth=0.8)
+        axis.set_title(f"{kind}: times faster than the reference", loc="left", fontsize=9)
+    _save(figure, path, f"{results['device']}, {results['threads']} threads, revision {results['revision']}")
 
 
 def _save(figure: Any, path: Path, title: str) -> None:

@@ -162,10 +162,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float, sign: int = 1) -> tuple[Tensor, Tensor]:
-    """positions [...], any integer dtype -> (cos, sin), each [..., head_dim/2] in fp32 (RoFormer, eq. 34)."""
+def rope_table(
+    positions: Tensor, head_dim: int, theta: float, sign: int = 1, dtype: str = "float32"
+) -> tuple[Tensor, Tensor]:
+    """positions [...], any integer dtype -> (cos, sin), each [..., head_dim/2] in fp32 (RoFormer, eq. 34).
+
+    dtype "bfloat16" rounds the numbers to it.
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = sign * positions[..., None].float() * frequency
+    if dtype == "bfloat16":
+        return angle.cos().bfloat16().float(), angle.sin().bfloat16().float()
     return angle.cos(), angle.sin()
 
 

@@ -63,6 +63,22 @@ class Denoiser(Protocol):
         ...
 
 
+def rows_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor) -> Tensor:
+    """What the head reads for the chosen positions.
+
+    Args:
+        hidden: [B, T, D] from `denoiser.hidden`.
+        rows: bool [B, T], N of them True.
+
+    Returns:
+        [N, D], in row-major order of `rows`.
+    """
+    if not denoiser.logit_shift:
+        return hidden[rows]
+    batch, position = rows.nonzero(as_tuple=True)
+    return hidden[batch, (position - denoiser.logit_shift).clamp(min=0)]
+
+
 def logits_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor) -> Tensor:
     """Logits of the chosen positions only.
 
@@ -74,13 +90,7 @@ def logits_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor) -> Tensor:
         [N, V] in fp32 (float64 if hidden is), in row-major order of `rows`, suppressed ids at -inf (SUBS,
         arXiv 2406.07524).
     """
-    if denoiser.logit_shift:
-        batch, position = rows.nonzero(as_tuple=True)
-        picked = hidden[batch, (position - denoiser.logit_shift).clamp(min=0)]
-    else:
-        picked = hidden[rows]
-    weight, bias = denoiser.head()
-    return suppress(F.linear(picked, weight, bias), denoiser.suppressed_ids)
+    return suppress(F.linear(rows_at(denoiser, hidden, rows), *denoiser.head()), denoiser.suppressed_ids)
 
 
 def suppress(logits: Tensor, ids: tuple[int, ...]) -> Tensor:

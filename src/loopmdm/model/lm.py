@@ -88,7 +88,8 @@ class LoopMDM(Checkpoint):
 
         self.mask_id, self.pad_id = config.mask_token_id or 0, config.pad_token_id or 0
         self.vocab_size, self.max_length = config.vocab_size, config.max_position_embeddings
-        self.suppressed_ids, self.logit_shift, self.max_loops = (self.mask_id,), 0, config.loop.max_loops
+        self.suppressed_ids, self.logit_shift = (self.mask_id,), config.logit_shift
+        self.max_loops = config.loop.max_loops
 
     def reset_parameters(self) -> None:
         for name in ("embed", "position_embed"):
@@ -286,7 +287,8 @@ class LoopMDM(Checkpoint):
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.positions not in ("rope", "both"):
             return None
-        return rope_table(positions, self.config.head_dim or 0, self.config.rope_theta, self.config.rope_sign)
+        c = self.config
+        return rope_table(positions, c.head_dim or 0, c.rope_theta, c.rope_sign, c.rope_table_dtype)
 
     def _condition(self, sigma: Tensor | None, device: torch.device) -> Tensor | None:
         if self.config.modulation != "adaln":

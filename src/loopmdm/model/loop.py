@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from ..config import ModelConfig
 from ..ops.residual_norm import residual_norm
 from .block import Block, Context, rope_table
 from .depth import Depth, apart, planned, stops
+
+if TYPE_CHECKING:
+    from .fused_block import FusedBlock
 
 Boundary = Callable[[Tensor, Tensor, int], Tensor]
 """(x, x0, k) -> x, called before visit k = 2..S with the last visit's output and the first one's input."""
@@ -82,6 +86,21 @@ class LoopedBlock(nn.Module):
                 num_loops.visits = torch.full((len(x),), loops, device=x.device)
         return x
 
+    def fused(
+        self,
+        dtype: torch.dtype | None = None,
+        impl: str = "auto",
+        attention_impl: str | None = None,
+        cond: Tensor | None = None,
+    ) -> FusedBlock:
+        """The same block for inference on a GPU, its weights folded now: called as the block is, without gradients.
+
+        Args and errors: those of `model.fused_block.FusedBlock`.
+        """
+        from .fused_block import FusedBlock
+
+        return FusedBlock(self, dtype, impl, attention_impl, cond)
+
     def _together(self, x: Tensor, loops: int, context: Context, depth: Depth) -> Tensor:
         """Every sequence makes the same visits."""
         x0, cut = x, max(0, loops - (depth.backprop_loops or loops))
@@ -114,7 +133,9 @@ class LoopedBlock(nn.Module):
         config, rope, cond = self.config, None, None
         if config.positions in ("rope", "both"):
             positions = torch.arange(x.shape[1], device=x.device)
-            rope = rope_table(positions, config.head_dim or 0, config.rope_theta, config.rope_sign)
+            rope = rope_table(
+                positions, config.head_dim or 0, config.rope_theta, config.rope_sign, config.rope_table_dtype
+            )
         if config.modulation == "adaln":
             # in the parameters' dtype: the residual stream may be wider
             cond = torch.zeros(1, config.cond_dim, device=x.device, dtype=next(self.parameters()).dtype)

@@ -301,6 +301,38 @@ def _documents(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -
     return {"qkv": qkv, "heads": 1, "groups": 1, "spans": packed(spans).to(device)}
 
 
+def _sequences(
+    device: torch.device,
+    dtype: torch.dtype,
+    rng: torch.Generator,
+    head_dim: int = 128,
+    tokens: int = 8192,
+    batch: int = 0,
+    spans: int = 1,
+) -> dict[str, Any]:
+    """Heads of a model about 1024 wide, 16k tokens or more; with spans every other sequence is half padding."""
+    heads, groups = max(1, 1024 // head_dim), max(1, 1024 // head_dim // (4 if head_dim == 128 else 1))
+    batch = batch or max(8, 16384 // tokens)
+    qkv = _draw(device, dtype, rng, batch, tokens, heads + 2 * groups, head_dim)
+    problem = {"qkv": qkv, "heads": heads, "groups": groups}
+    if not spans:
+        return problem
+    real = torch.ones(batch, tokens, dtype=torch.bool)
+    real[::2, tokens // 2 :] = False
+    ranges = spans_of(real)
+    assert ranges is not None
+    return problem | {"spans": packed(ranges).to(device)}
+
+
+def packs(impl: str, device: torch.device, dtype: torch.dtype, *, head_dim: int, tokens: int, batch: int) -> bool:
+    """Whether spans should be `packed` for `attention(impl=impl)`: it, or what "auto" prefers there, needs them so."""
+    if impl != "auto":
+        return impl in PACKING
+    size = {"head_dim": head_dim, "tokens": tokens, "batch": batch, "spans": 1}
+    row = tuned.best("attention", tuned.arch(device), dtype, size, measured_only=True)
+    return row is not None and row.impl in PACKING and _unavailable(row.impl, device) is None
+
+
 OP = Op(
     name="attention",
     call=attention,
@@ -310,4 +342,14 @@ OP = Op(
     tolerance={torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5},
     library=_unavailable,
     refuses=_refuses,
+    problems=(_sequences,),
+    sizes={
+        "cuda": tuple(
+            {"head_dim": head_dim, "tokens": tokens, "spans": spans} | few
+            for spans in (0, 1)
+            for head_dim in FUSED_HEAD_DIMS
+            for tokens in (128, 512, 2048, 8192)
+            for few in ({"batch": 4}, {})
+        )
+    },
 )

@@ -25,7 +25,8 @@ import importlib.util
 import os
 import pkgutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,14 @@ def extension() -> Any:
         return None
 
 
+@dataclass
+class Pin:
+    """A choice that is forced upon an op, and the (dtype, size) of each decision it stood in for."""
+
+    choice: Choice
+    asked: list[tuple[torch.dtype, dict[str, int]]] = field(default_factory=list)
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """An op's identity card.
@@ -100,6 +109,10 @@ class Op:
             of other libraries.
         refuses: `(impl, **kwargs of call) -> why impl cannot take this problem, or None`; an op without it takes
             with every impl whatever its examples show.
+        problems: what `loopmdm tune` times, `(device, dtype, generator, **size) -> kwargs` of `call`; a row holds for
+            all of them, so the one that gains least decides.
+        sizes: for "cpu" and "cuda" the sizes that it times, smallest first, each the bounds of a row; a name that is
+            left out is unbounded, and `problems` take something large for it. None for a device: not timed there.
     """
 
     name: str
@@ -111,6 +124,9 @@ class Op:
     grads: tuple[str, ...] = ()
     library: Callable[[str, torch.device], str | None] | None = None
     refuses: Callable[..., str | None] | None = None
+    problems: tuple[Callable[..., dict[str, Any]], ...] = ()
+    sizes: Mapping[str, tuple[Mapping[str, int], ...]] = field(default_factory=dict)
+    _pins: list[Pin] = field(default_factory=list, init=False, repr=False)
 
     def choose(
         self,
@@ -132,6 +148,9 @@ class Op:
         """
         if impl == "torch":
             return Choice("torch", why="asked for")
+        if self._pins:
+            self._pins[-1].asked.append((dtype, size))
+            return self._pins[-1].choice
         if impl != "auto":
             if impl not in self.impls:
                 raise InputError(f"{self.name} has no impl {impl!r}{nearest(impl, ('auto', *self.impls))}")
@@ -150,8 +169,10 @@ class Op:
             if row is None or row.impl == "torch":
                 found = "no faster implementation was measured here" if row is None else row.evidence
                 return Choice("torch", why=why or found)
-            reason = self.unavailable(row.impl, device) or (refuses(row.impl) if refuses is not None else None)
-            reason = reason or self.verify(row.impl, device, dtype)
+            reason = None if row.impl in self.impls else f"{self.name} has no impl {row.impl!r}"
+            reason = reason or self.unavailable(row.impl, device)
+            reason = reason or (refuses(row.impl) if refuses is not None else None)
+            reason = reason or self.verify(row.impl, device, dtype, row.config)
             if reason is None:
                 return Choice(row.impl, row.config, row.evidence)
             passed_over, why = (*passed_over, row.impl), why or reason
@@ -160,9 +181,21 @@ class Op:
         """Return why `impl` cannot run on `device`, or None when it can."""
         return unavailable(impl, device) if impl in IMPLS or self.library is None else self.library(impl, device)
 
-    def verify(self, impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """First-use self-check, cached: None when `impl` agrees with torch, else the reason."""
-        return _verify(self, impl, device.type, device.index, dtype)
+    def verify(
+        self, impl: str, device: torch.device, dtype: torch.dtype, config: Mapping[str, int] | None = None
+    ) -> str | None:
+        """First-use self-check, cached: None when `impl` with `config` agrees with torch, else the reason."""
+        return _verify(self, impl, device.type, device.index, dtype, tuple((config or {}).items()))
+
+    @contextmanager
+    def pinned(self, choice: Choice) -> Iterator[Pin]:
+        """Within it every call takes `choice`, whatever impl but "torch" it names; not for several threads."""
+        pin = Pin(choice)
+        self._pins.append(pin)
+        try:
+            yield pin
+        finally:
+            self._pins.pop()
 
     def taken(self, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Example, ...]:
         """The examples that `impl` takes; all of them for most."""
@@ -174,7 +207,7 @@ class Op:
         """Largest max|a-b|/max|b| over outputs and gradients of `impl` against torch on the examples."""
         taken = self.taken(impl, device, dtype)
         got, want = (self._results(taken, which, device, dtype, seed) for which in (impl, "torch"))
-        return max((_relative(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
+        return max((relative(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
 
     def results(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
         """Outputs and gradients of every example that `impl` takes."""
@@ -183,11 +216,12 @@ class Op:
     def _results(
         self, examples: tuple[Example, ...], impl: str, device: torch.device, dtype: torch.dtype, seed: int
     ) -> list[torch.Tensor]:
-        return [t for example in examples for t in self._run(example, impl, device, dtype, seed)]
+        return [t for example in examples for t in self.run(example, impl, device, dtype, seed)]
 
-    def _run(
-        self, example: Example, impl: str, device: torch.device, dtype: torch.dtype, seed: int
+    def run(
+        self, example: Example, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0
     ) -> list[torch.Tensor]:
+        """Outputs and gradients of one problem."""
         rng = torch.Generator(device="cpu").manual_seed(seed)
         kwargs = example(device, dtype, rng)
         leaves = []
@@ -206,7 +240,8 @@ class Op:
         return [o.detach() for o in outputs]
 
 
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a - b| / max|b| over what is finite in b; inf where dtype, shape, NaN or infinities differ."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return float("inf")
     a, b = a.double(), b.double()
@@ -219,12 +254,15 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @tuned.constant_in_graphs
-def _verify(op: Op, impl: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+def _verify(
+    op: Op, impl: str, device_type: str, index: int | None, dtype: torch.dtype, config: tuple[tuple[str, int], ...]
+) -> str | None:
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
     try:
         if not op.taken(impl, device, dtype):
             return f"{op.name}: {impl} takes no example in {dtype}, so nothing would check it"
-        gap = op.deviation(impl, device, dtype)
+        with op.pinned(Choice(impl, dict(config))):
+            gap = op.deviation(impl, device, dtype)
     except Exception as error:  # a launch error must cost speed, never the user's run
         reason = f"{op.name}: {impl} failed its self-check ({type(error).__name__}: {error})"
     else:

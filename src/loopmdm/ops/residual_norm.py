@@ -302,6 +302,16 @@ def _norm_alone(device: torch.device, dtype: torch.dtype, rng: torch.Generator) 
     return {**_uniform(device, dtype, rng), "branch": None, "kind": "layernorm"}
 
 
+def _stream(
+    device: torch.device, dtype: torch.dtype, rng: torch.Generator, rows: int = 65536, dim: int = 4096
+) -> dict[str, Any]:
+    """As between attention and MLP: a 16-bit branch and result beside an fp32 stream, or all of it in 16 bits."""
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    x, branch = (torch.randn(rows, dim, generator=rng) for _ in range(2))
+    weight = torch.rand(dim, generator=rng) + 0.5
+    return {"x": x.to(device, dtype), "branch": branch.to(device, half), "weight": weight.to(device), "out_dtype": half}
+
+
 OP = Op(
     name="residual_norm",
     call=residual_norm,
@@ -310,4 +320,9 @@ OP = Op(
     dtypes=FUSED_DTYPES,
     tolerance={torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5},
     grads=("x", "branch", "weight", "bias"),
+    problems=(_stream,),
+    sizes={
+        "cuda": tuple({"rows": rows, "dim": dim} for rows in (512, 8192) for dim in (512, 1024, 2048, 4096))
+        + tuple({"dim": dim} for dim in (512, 1024, 2048, 4096))
+    },
 )

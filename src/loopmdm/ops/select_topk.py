@@ -42,6 +42,9 @@ def select_topk(keys: Tensor, eligible: Tensor, k: Tensor, *, impl: str = "auto"
 
 
 def _check(keys: Tensor, eligible: Tensor, k: Tensor) -> None:
+    for name, x in (("keys", keys), ("eligible", eligible), ("k", k)):
+        if not isinstance(x, Tensor):
+            raise InputError(f"{name} is {x!r}; it must be a tensor")
     if keys.ndim != 2 or keys.dtype != torch.float32:
         raise InputError(f"keys is {_describe(keys)}; select_topk ranks a [B, T] float32 tensor, so use keys.float()")
     if eligible.shape != keys.shape or eligible.dtype != torch.bool:
@@ -58,13 +61,18 @@ def _describe(x: Tensor) -> str:
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
-def _reference(keys: Tensor, eligible: Tensor, k: Tensor) -> Tensor:
+def ranking(keys: Tensor, eligible: Tensor) -> Tensor:
+    """int64 [B, T], the position at each rank; the eligible ones come first."""
     # One sortable integer a position, as in csrc/unmask.h: NaN and ineligible get the two lowest values.
     bits = torch.where(keys == 0, 0.0, keys).view(torch.int32)
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     order = torch.where(keys.isnan(), _NAN, order)
     order = torch.where(eligible, order, _INELIGIBLE)
-    ranked = order.argsort(dim=1, descending=True, stable=True)  # [B, T], position at each rank
+    return order.argsort(dim=1, descending=True, stable=True)
+
+
+def _reference(keys: Tensor, eligible: Tensor, k: Tensor) -> Tensor:
+    ranked = ranking(keys, eligible)
     take = torch.minimum(k, eligible.sum(1))
     picked = torch.arange(keys.shape[1], device=keys.device) < take[:, None]
     return torch.zeros_like(eligible).scatter(1, ranked, picked)
@@ -103,6 +111,18 @@ def _example(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> 
     return {"keys": keys.to(device), "eligible": eligible.to(device), "k": k.to(device)}
 
 
+def _denoising(
+    device: torch.device, dtype: torch.dtype, rng: torch.Generator, rows: int = 256, cols: int = 16384
+) -> dict[str, Any]:
+    """Keys of a denoising step: most positions masked, up to a quarter of them revealed."""
+    keys = torch.rand(rows, cols, generator=rng, dtype=dtype)
+    eligible = torch.rand(keys.shape, generator=rng) < 0.7
+    k = torch.randint(0, max(1, cols // 4), (rows,), generator=rng)
+    return {"keys": keys.to(device), "eligible": eligible.to(device), "k": k.to(device)}
+
+
+_SIZES = ((1, 256), (1, 4096), (8, 256), (8, 4096), (64, 256), (64, 4096), (256, 16384))
+
 OP = Op(
     name="select_topk",
     call=select_topk,
@@ -110,4 +130,6 @@ OP = Op(
     impls=("torch", "cpp", "cuda"),
     dtypes=(torch.float32,),
     tolerance={torch.float32: 0.0},
+    problems=(_denoising,),
+    sizes=dict.fromkeys(("cpu", "cuda"), tuple({"rows": rows, "cols": cols} for rows, cols in _SIZES)),
 )

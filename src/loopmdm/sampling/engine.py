@@ -1,8 +1,9 @@
 """generate: fill every masked position of a batch by denoising steps.
 
-A step asks the policy which positions to look at or to reveal, runs the model on the sequences that need it, draws
-tokens, and writes what the policy decides. What is done leaves the batch: sequences without work this step do not
-reach the model, and rows that nobody asked for do not reach the head.
+A step asks the policy which positions to look at or to reveal, runs the model on the sequences that need it, draws and
+judges tokens without logits in memory (`ops.head_stats`), and writes what the policy decides (`ops.select_scatter`).
+What is done leaves the batch: sequences without work this step do not reach the model, and rows that nobody asked for
+do not reach the head.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from ..diffusion.schedule import Schedule, build_schedule
 from ..errors import InputError, number, whole
 from ..model.denoiser import Denoiser, evaluating
 from ..model.depth import ExitRule
-from .filters import Filters, also_suppressed, judge
+from ..ops.head_stats import HeadStats, head_stats
+from .filters import Filters, also_suppressed
 from .generation import Generation
 from .network import Loops, Network
 from .policies import build
 from .prompts import Ends, Prompt, arrange, listed
-from .state import Policy, State
+from .state import Move, Policy, Ranked, State
+from .unmask import settle
 
 STEPS = 64
 """Denoising steps of a policy that is not adaptive, when none are asked for."""
@@ -53,6 +56,7 @@ def generate(
     row_seeds: Sequence[int] | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
     compat: str | None = None,
+    impl: str = "auto",
 ) -> Generation:
     """Sample from a masked diffusion LM.
 
@@ -91,10 +95,13 @@ def generate(
             [B, T]).
         compat: "llada", "dream", "mdlm" or "smdm": that codebase's own sampler, bugs included, with its own policies
             and options (`sampling.compat`); options that it does not have are refused.
+        impl: how tokens are drawn, judged and written, "auto" or a name that `head_stats` and `select_scatter` have,
+            such as "torch", the reference. `compat` has its own.
 
     Raises:
         InputError: nothing to fill, an argument outside its range, a prompt with new tokens over the model's length,
-            ids outside the vocabulary, fewer steps than blocks, `early_exit` for a model without depth control.
+            ids outside the vocabulary, fewer steps than blocks, `early_exit` for a model without depth control, an
+            `impl` that cannot run here, a model whose hidden states or logits are not finite.
     """
     device = model.head()[0].device
     tokens, lengths, prompt_lengths = arrange(model, prompt, max_new_tokens, batch_size, device)
@@ -133,12 +140,12 @@ def generate(
     number("cfg_scale", cfg_scale)
     if num_loops is None or not callable(num_loops):
         num_loops = check_loops(model.max_loops if num_loops is None else num_loops)
-    network = Network(model, num_loops, early_exit, cfg_scale, also_suppressed(model, suppress))
+    network = Network(model, num_loops, early_exit, cfg_scale)
     filters = Filters(chosen.temperature if temperature is None else temperature, top_k, top_p)
     sampler = _Sampler(
         network,
+        _Head(model, filters, also_suppressed(model, suppress), impl),
         chosen,
-        filters,
         build_schedule(schedule),
         tokens,
         lengths,
@@ -154,14 +161,50 @@ def generate(
     return network.result
 
 
+class _Head:
+    """The model's vocabulary projection and how tokens are drawn from it."""
+
+    def __init__(self, model: Denoiser, filters: Filters, never: tuple[int, ...], impl: str) -> None:
+        self.weight, self.bias = model.head()
+        self.filters, self.impl = filters, impl
+        # a mask without a logit (SMDM) has no row to suppress
+        self.suppressed = tuple(v for v in (*model.suppressed_ids, *never) if v < len(self.weight))
+
+    def __call__(self, hidden: Tensor, state: State, rows: Tensor, tokens: Tensor) -> HeadStats:
+        """Draw where tokens [N] is -1, judge them elsewhere; hidden [N, D] is that of `rows`, bool [B, T].
+
+        Raises:
+            InputError: numbers of which no distribution can be made.
+        """
+        row, position = rows.nonzero(as_tuple=True)
+        with torch.autocast(hidden.device.type, enabled=False):
+            stats = head_stats(
+                hidden.to(self.weight.dtype),
+                self.weight,
+                self.bias,
+                temperature=self.filters.temperature,
+                seeds=state.row_seeds[row],
+                steps=state.clock,
+                positions=position,
+                suppressed=self.suppressed,
+                top_k=self.filters.top_k,
+                top_p=self.filters.top_p,
+                tokens=tokens,
+                impl=self.impl,
+            )
+        if not bool((hidden.isfinite().all(-1) & stats.lse.isfinite() & (stats.token >= 0)).all()):
+            raise InputError("the model's logits are not finite; its weights may be damaged, or its dtype too narrow")
+        return stats
+
+
 class _Sampler:
     """The tokens of one call of `generate` and the steps that fill them."""
 
     def __init__(
         self,
         network: Network,
+        head: _Head,
         policy: Policy,
-        filters: Filters,
         schedule: Schedule,
         tokens: Tensor,
         lengths: Tensor,
@@ -172,7 +215,7 @@ class _Sampler:
     ) -> None:
         if steps is not None:
             whole("steps", steps)
-        self.network, self.policy, self.filters, self.schedule = network, policy, filters, schedule
+        self.network, self.head, self.policy, self.schedule = network, head, policy, schedule
         self.tokens, self.row_seeds, self.steps = tokens, row_seeds, steps
         column = torch.arange(tokens.shape[1], device=tokens.device)
         self.real = column < lengths[:, None]
@@ -209,10 +252,7 @@ class _Sampler:
             if not self._unfinished().any():
                 break
             ran, reveal, remask = self._step(clock)
-            self.masked = self.masked & ~reveal | remask
             self.result.revealed_at[reveal] = clock
-            if self.ends is not None:
-                self.over = self.ends.lengths(self.tokens, self.masked) >= 0
             if on_step is not None and (ran or bool(remask.any())):
                 on_step(clock, self.tokens.clone(), reveal)
         self._finish()
@@ -232,38 +272,35 @@ class _Sampler:
         if not len(index):
             return False, reveal_all, remask_all
 
+        move: Move | Ranked | None = None
         if looks == "nothing":
-            reveal, remask = self._move(state, None)
-            rows = reveal
+            move = policy.choose(state, None)
+            if not isinstance(move, Move):
+                raise InputError(f"{type(policy).__name__} looks at nothing and must return a Move, not {move!r}")
+            rows = move.reveal & state.masked
         else:
             rows = state.generated if looks == "all" else state.masked
         entering = rows.any(-1)
-        tokens = self.tokens[index]
+        tokens, masked, over = self.tokens[index], self.masked[index], self.over[index]
         scores = torch.zeros(rows.shape, device=rows.device)
+        proposed = torch.full_like(tokens, -1)
         if ran := bool(entering.any()):
-            logits = self._logits(state.select(entering), index[entering], rows[entering])
-            noise = state.noise(random.SAMPLE_TOKEN)[rows] if self.filters.temperature else None
-            proposed = self.filters.draw(logits, noise)
+            hidden = self._hidden(state.select(entering), index[entering], rows[entering])
+            stats = self.head(hidden, state, rows, torch.where(state.masked, -1, tokens)[rows])
+            proposed = proposed.masked_scatter(rows, stats.token)
             if policy.score is not None:
-                there = torch.where(state.masked[rows], proposed, tokens[rows])
-                scores = scores.masked_scatter(rows, judge(logits, there, policy.score))
-            filled = tokens.masked_scatter(rows, proposed)
-        if looks != "nothing":
-            reveal, remask = self._move(state, scores)
-        if ran:
-            tokens = torch.where(reveal, filled, tokens)
-            if policy.score is not None:
-                self.confidence[index] = torch.where(reveal, scores, state.confidence)
-        self.tokens[index] = tokens.masked_fill(remask, self.network.model.mask_id)
-        reveal_all[index], remask_all[index] = reveal, remask
+                scores = scores.masked_scatter(rows, getattr(stats, policy.score))
+        if move is None:
+            move = policy.choose(state, scores)
+        ends = None if self.ends is None else (self.ends.ids, self.ends.tail[index])
+        step = settle(
+            policy, move, state, proposed, tokens, masked, over, self.network.model.mask_id, ends, self.head.impl
+        )
+        self.tokens[index], self.masked[index], self.over[index] = step.tokens, step.masked, step.done
+        if policy.score is not None:
+            self.confidence[index] = torch.where(step.revealed, scores, state.confidence)
+        reveal_all[index], remask_all[index] = step.revealed, step.remasked
         return ran, reveal_all, remask_all
-
-    def _move(self, state: State, scores: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The policy's move, kept within what a policy may do."""
-        reveal, remask = self.policy.choose(state, scores)
-        if remask is None:
-            remask = torch.zeros_like(reveal)
-        return reveal & state.masked, remask & state.generated & ~state.masked
 
     def _state(self, clock: int) -> tuple[State, Tensor]:
         """What the policy sees of the sequences that may move this step, and which sequences these are."""
@@ -293,7 +330,7 @@ class _Sampler:
         index = may.nonzero()[:, 0]
         return state.select(index), index
 
-    def _logits(self, state: State, index: Tensor, rows: Tensor) -> Tensor:
+    def _hidden(self, state: State, index: Tensor, rows: Tensor) -> Tensor:
         masked = self.masked[index].sum(-1)
         lengths = self.real[index].sum(-1)
         time_ = self.policy.time(state)
@@ -302,7 +339,7 @@ class _Sampler:
         elif time_ is None:
             time_ = 1 - state.clock / self.steps + torch.zeros_like(masked, dtype=torch.float64)  # type: ignore[operator]
         width = int(lengths.max())
-        logits = self.network.logits(
+        hidden = self.network.hidden(
             self.tokens[index, :width],
             self.real[index, :width],
             self.given[index, :width],
@@ -313,7 +350,7 @@ class _Sampler:
         loops = torch.zeros_like(self.blocks)
         loops[index] = self.network.visits[: len(index)].to(loops)
         self.trace.append(loops)
-        return logits
+        return hidden
 
     def _finish(self) -> None:
         """Cut what is over behind its EOS, and count."""

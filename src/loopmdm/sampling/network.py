@@ -1,4 +1,4 @@
-"""The model as a denoising step needs it: logits at some rows, with loops that may differ, guidance, and counts."""
+"""The model as a denoising step needs it: the head's input at some rows, loops that may differ, guidance, counts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..config import check_loops
 from ..errors import InputError
-from ..model import denoiser
-from ..model.denoiser import Denoiser
+from ..model.denoiser import Denoiser, rows_at
 from ..model.depth import Depth, ExitRule
 from .generation import Generation
 
@@ -21,15 +20,12 @@ Loops = int | Callable[[Tensor], Tensor]
 class Network:
     """The model with its loops and guidance; counts what it does into `result`."""
 
-    def __init__(
-        self, model: Denoiser, num_loops: Loops, early_exit: ExitRule | None, cfg_scale: float, never: tuple[int, ...]
-    ) -> None:
-        self.model, self.num_loops, self.early_exit = model, num_loops, early_exit
-        self.cfg_scale, self.never = cfg_scale, never
+    def __init__(self, model: Denoiser, num_loops: Loops, early_exit: ExitRule | None, cfg_scale: float) -> None:
+        self.model, self.num_loops, self.early_exit, self.cfg_scale = model, num_loops, early_exit, cfg_scale
         self.result: Generation
 
-    def logits(self, tokens: Tensor, real: Tensor, given: Tensor, share: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-        """Logits [rows.sum(), V] at `rows` of a batch, suppressed ids at -inf; its loops go into `self.visits`.
+    def hidden(self, tokens: Tensor, real: Tensor, given: Tensor, share: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        """The head's input [rows.sum(), D] at `rows` of a batch; its loops go into `self.visits`.
 
         Args:
             tokens, real, given, rows: [N, T]; share: of masked tokens, [N]; sigma: noise level [N].
@@ -42,12 +38,12 @@ class Network:
             sigma, S = sigma.repeat(2), S.repeat(2) if isinstance(S, Tensor) else S
         hidden, self.visits = self._hidden(tokens, padding, S, sigma)
         if self.cfg_scale:
-            wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-            conditional, blind = wide.chunk(2)
-            hidden = (blind + (self.cfg_scale + 1) * (conditional - blind)).to(hidden.dtype)
-        logits = denoiser.logits_at(self.model, hidden, rows)
-        self._count(tokens.shape[1], len(logits))
-        return denoiser.suppress(logits, self.never)
+            conditional, blind = (rows_at(self.model, half, rows) for half in hidden.chunk(2))
+            hidden = guided(conditional, blind, self.cfg_scale)
+        else:
+            hidden = rows_at(self.model, hidden, rows)
+        self._count(tokens.shape[1], len(hidden))
+        return hidden
 
     def _loops(self, share: Tensor) -> int | Tensor:
         if isinstance(self.num_loops, int):
@@ -82,3 +78,10 @@ class Network:
         self.result.loops_per_step.append(float(self.visits.double().mean()))
         for S, n in zip(*(x.tolist() for x in self.visits.unique(return_counts=True)), strict=True):
             self.result.flops += n * self.model.forward_flops(width, S)
+
+
+def guided(conditional: Tensor, blind: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance blind + (scale + 1) (conditional - blind), computed in at least fp32."""
+    wide = torch.promote_types(conditional.dtype, torch.float32)
+    u, c = blind.to(wide), conditional.to(wide)
+    return (u + (scale + 1) * (c - u)).to(conditional.dtype)

@@ -1,12 +1,12 @@
 """Policies that only reveal, and the names of all policies (those that also remask are in remask.py).
 
-Rankings are by `select_topk`: fp32 keys, of equal ones the lower position first.
+A policy that looks at scores is a pair (key, rule): fp32 keys, of equal ones the lower position first
+(`ops.select_scatter`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from .. import random
 from ..errors import InputError, nearest, number
 from ..ops.select_topk import select_topk
 from .remask import P2, ReMDM
-from .state import Looks, Move, Policy, Score, State
+from .state import Looks, Move, Policy, Ranked, Score, State
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Confidence(Policy):
     def idle(self, state: State) -> Tensor:
         return state.even_share == 0
 
-    def choose(self, state: State, scores: Tensor | None) -> Move:
+    def choose(self, state: State, scores: Tensor | None) -> Ranked:
         assert scores is not None
-        return Move(select_topk(self.keys(scores), state.masked, state.even_share))
+        return Ranked(self.keys(scores), state.even_share)
 
     def keys(self, scores: Tensor) -> Tensor:
         """What is ranked, largest first."""
@@ -142,10 +142,9 @@ class Threshold(Policy):
     def __post_init__(self) -> None:
         number("tau", self.tau)
 
-    def choose(self, state: State, scores: Tensor | None) -> Move:
+    def choose(self, state: State, scores: Tensor | None) -> Ranked:
         assert scores is not None
-        count = (state.masked & (scores >= self.tau)).sum(-1)
-        return Move(select_topk(scores, state.masked, torch.maximum(count, state.least)))
+        return Ranked(scores, state.least, "threshold", self.tau)
 
 
 @dataclass(frozen=True)
@@ -168,12 +167,9 @@ class Factor(Policy):
     def __post_init__(self) -> None:
         number("factor", self.factor)
 
-    def choose(self, state: State, scores: Tensor | None) -> Move:
+    def choose(self, state: State, scores: Tensor | None) -> Ranked:
         assert scores is not None
-        ranked = torch.where(state.masked, scores.double(), -math.inf).sort(-1, descending=True).values
-        rank = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device, dtype=torch.float64)
-        count = (ranked >= 1 - self.factor / (rank + 1)).cumprod(-1).sum(-1)
-        return Move(select_topk(scores, state.masked, torch.maximum(count, state.least)))
+        return Ranked(scores, state.least, "factor", self.factor)
 
 
 @dataclass(frozen=True)
@@ -181,7 +177,7 @@ class EntropyBound(Policy):
     """The lowest entropies while their sum without the largest is <= gamma (EB-Sampler, arXiv 2505.24857).
 
     That bounds the mutual information among tokens that are revealed together as if they were independent. The first
-    always goes. Entropies are fp32, the sum float64.
+    always goes. Entropies are fp32, each rounded up to a multiple of 2^-36 nats before they are summed.
 
     Attributes:
         gamma: nats, at least 0; larger is faster.
@@ -196,12 +192,9 @@ class EntropyBound(Policy):
     def __post_init__(self) -> None:
         number("gamma", self.gamma)
 
-    def choose(self, state: State, scores: Tensor | None) -> Move:
+    def choose(self, state: State, scores: Tensor | None) -> Ranked:
         assert scores is not None
-        ranked = torch.where(state.masked, scores.double(), math.inf).sort(-1).values
-        others = torch.nn.functional.pad(ranked, (1, -1)).cumsum(-1)  # the sum of those before it
-        count = ((others <= self.gamma) & (ranked < math.inf)).sum(-1)
-        return Move(select_topk(-scores, state.masked, torch.maximum(count, state.least)))
+        return Ranked(-scores, state.least, "sum", self.gamma)
 
 
 POLICIES: dict[str, type[Policy]] = {

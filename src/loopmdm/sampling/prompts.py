@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, whole
+from ..errors import InputError, shown, whole
 from ..model.denoiser import Denoiser
 
 Prompt = Tensor | Sequence[int] | Sequence[Sequence[int]] | None
@@ -53,7 +53,7 @@ def listed(name: str, given: object) -> list[Any]:
     """A list or tensor as a list."""
     found = given.tolist() if isinstance(given, Tensor) else given
     if not isinstance(found, Iterable):
-        raise InputError(f"{name} is {given!r}; it must be a list")
+        raise InputError(f"{name} is {shown(given)}; it must be a list")
     return list(found)
 
 

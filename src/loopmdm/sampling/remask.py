@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .. import random
 from ..errors import InputError, nearest, number
-from ..ops.select_topk import select_topk
-from .state import Looks, Move, Policy, Score, State
+from .state import Looks, Move, Policy, Ranked, Score, State
 
 ETA = {"cap": 0.008, "rescale": 0.015, "conf": 1.0, "loop": 0.02}
 """The eta of each strategy when none is given; the authors' settings for text."""
@@ -119,10 +118,9 @@ class P2(Policy):
     def idle(self, state: State) -> Tensor:
         return state.left == 0  # all filled: and so it stays, since fewer are masked step by step
 
-    def choose(self, state: State, scores: Tensor | None) -> Move:
+    def choose(self, state: State, scores: Tensor | None) -> Ranked:
         assert scores is not None
         masked_after = state.total * (state.steps - state.step - 1) // state.steps
         rank = scores.log()
         rank = torch.where(state.masked, rank, self.eta * rank if self.eta else torch.inf)
-        keep = select_topk(rank, state.generated, state.total - masked_after)
-        return Move(state.masked & keep, state.generated & ~state.masked & ~keep)
+        return Ranked(rank, state.total - masked_after, remask=True)

@@ -1,7 +1,8 @@
 """What passes between the engine and a policy: a State goes in, a Move comes out.
 
 A policy says what it looks at. One that looks at nothing chooses its positions first, so that the head runs on the
-revealed rows alone and a step that reveals nothing costs nothing.
+revealed rows alone and a step that reveals nothing costs nothing. One that looks returns a `Ranked` as a rule: a key to
+rank by and a rule of how many, both by name of `ops.select_scatter`, so that a new policy needs no new kernel.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class State:
         step, steps: int64 [B], this step (0-based) and how many there are. With as many steps as it takes,
             `steps` is such that one token a step is enough.
         block: int64 [B], number of the current block, 0-based.
-        clock: this step of the whole generation, the same for all sequences; it keys the noise.
+        clock: this step of the whole generation, the same for all sequences; it keys the noise. May be an int64 tensor.
         row_seeds: int64 [B]; a sequence's noise depends on its own seed, not on its neighbours.
         confidence: fp32 [B, T], for a policy with a `score`: that of each filled position when it was filled.
         schedule: noise schedule, for policies that follow the reverse process.
+        positions: int64 [B, T], of each column, counted from the sequence's first real token; None: the columns.
     """
 
     masked: Tensor
@@ -42,14 +44,15 @@ class State:
     step: Tensor
     steps: Tensor
     block: Tensor
-    clock: int
+    clock: int | Tensor
     row_seeds: Tensor
     confidence: Tensor
     schedule: Schedule
+    positions: Tensor | None = None
 
     def select(self, rows: Tensor) -> State:
         """The state of some sequences: rows is bool [B] or int64 [N]."""
-        per_row: dict[str, Any] = {k: v[rows] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        per_row: dict[str, Any] = {k: v[rows] for k, v in vars(self).items() if isinstance(v, Tensor) and v.ndim}
         return replace(self, **per_row)
 
     @property
@@ -82,7 +85,8 @@ class State:
     def noise(self, stream: int) -> Tensor:
         """fp32 [B, T] in (0, 1), keyed by the sequence's seed, the stream, the clock and the position."""
         row = torch.zeros_like(self.row_seeds)
-        return random.uniform(self.row_seeds, stream, self.clock, row, self.masked.shape[1])
+        places = self.masked.shape[1] if self.positions is None else self.positions
+        return random.uniform(self.row_seeds, stream, self.clock, row, places)
 
 
 class Move(NamedTuple):
@@ -90,6 +94,24 @@ class Move(NamedTuple):
 
     reveal: Tensor
     remask: Tensor | None = None
+
+
+class Ranked(NamedTuple):
+    """What a step does, as a ranking: the masked positions by falling key, ties to the lower position, NaN last.
+
+    Attributes:
+        keys: fp32 [B, T].
+        k: int64 [B], at least so many are revealed.
+        rule: of `ops.select_scatter`: more are while it holds for the next one; "top_k" is none.
+        bound: its parameter, a number or float64 [B].
+        remask: rank the filled positions of `generated` too, and mask those that are not taken.
+    """
+
+    keys: Tensor
+    k: Tensor
+    rule: str = "top_k"
+    bound: float | Tensor = 0.0
+    remask: bool = False
 
 
 class Policy:
@@ -124,6 +146,9 @@ class Policy:
         """float64 [B] in (0, 1], the time that a time-conditioned model is told; None is the engine's own."""
         return None
 
-    def choose(self, state: State, scores: Tensor | None) -> Move:
-        """The step's move; scores is fp32 [B, T], meaningless where the policy does not look."""
+    def choose(self, state: State, scores: Tensor | None) -> Move | Ranked:
+        """The step's move; scores is fp32 [B, T], meaningless where the policy does not look.
+
+        A policy that looks at nothing returns a `Move`.
+        """
         raise NotImplementedError

@@ -1,0 +1,175 @@
+"""head_stats against LLaDA's step: logits at every position, float64 noise over the vocabulary, arg-max, soft-max.
+
+    pytest benchmarks/bench_head_stats.py --benchmark-only
+    LOOPMDM_RESULTS=benchmarks/results pytest -s benchmarks/bench_head_stats.py -k interleaved
+
+One sequence of 256 positions of which half are masked, d 512, V 50258. The peer's head is fp32 whatever ours is. The
+second command alternates the arms, with one thread and with all, prints the median of the ratios round by round and
+each arm's peak memory (of a process of its own, beyond what it held before), and writes the file that the op's table
+refers to. On a busy machine believe the one-thread row, where nothing waits for a thread that is not scheduled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loopmdm.ops.contract import extension
+from loopmdm.ops.head_stats import head_stats
+
+LENGTH, DIM, VOCAB = 256, 512, 50258
+MASKED = torch.arange(0, LENGTH, 2)
+ROUNDS = 1 + int(os.environ.get("LOOPMDM_ROUNDS", 8))  # the first is not counted
+Arms = dict[str, Callable[[], Any]]
+
+
+def problem(vocab: int = VOCAB) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(LENGTH, DIM, generator=rng), torch.randn(vocab, DIM, generator=rng) * 3 / DIM**0.5
+    return {"hidden": hidden, "weight": weight}
+
+
+def llada(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The sampling half of a step as in LLaDA (Nie et al. 2025): a token and its confidence at every position."""
+    logits = hidden @ weight.T
+    if temperature:
+        wide = logits.to(torch.float64)
+        uniform = torch.rand_like(wide, dtype=torch.float64)
+        token = (wide.exp() / (-uniform.log()) ** temperature).argmax(-1)
+    else:
+        token = logits.argmax(-1)
+    confidence = logits.softmax(-1).gather(-1, token[:, None])[:, 0]
+    return token, confidence
+
+
+def arms(temperature: float, vocab: int = VOCAB) -> Arms:
+    given = problem(vocab)
+    seeds = torch.full((len(MASKED),), 7)
+
+    def ours(dtype: torch.dtype, impl: str) -> Callable[[], Any]:
+        hidden, weight = (t.to(dtype) for t in given.values())
+
+        def run() -> tuple[Tensor, Tensor]:
+            options: dict[str, Any] = {"temperature": temperature, "seeds": seeds, "positions": MASKED, "impl": impl}
+            stats = head_stats(hidden[MASKED], weight, **options)
+            return stats.token, stats.confidence
+
+        return run
+
+    made: Arms = {"llada": lambda: llada(**given, temperature=temperature), "torch": ours(torch.float32, "torch")}
+    if extension() is not None:
+        made |= {"fp32": ours(torch.float32, "cpp"), "bf16": ours(torch.bfloat16, "cpp")}
+    return made
+
+
+def agree(found: Arms) -> None:
+    """At temperature 0 the same tokens and confidences, but where bf16 weights are other weights."""
+    token, confidence = found["llada"]()
+    for name, run in found.items():
+        if name in ("torch", "fp32"):
+            ours = run()
+            assert torch.equal(ours[0], token[MASKED]), name
+            assert torch.allclose(ours[1], confidence[MASKED], rtol=1e-4), name
+        elif name == "bf16":
+            assert float((run()[0] == token[MASKED]).double().mean()) > 0.9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("arm", ["llada", "torch", "fp32", "bf16"])
+def test_head_stats(benchmark: Any, arm: str, temperature: float) -> None:
+    found = arms(temperature)
+    if arm not in found:
+        pytest.skip("loopmdm._C is not built")
+    agree(arms(0.0, 5000))
+    benchmark.group = f"head_stats T={temperature}"
+    benchmark.pedantic(found[arm], rounds=5, warmup_rounds=1)
+
+
+def test_interleaved() -> None:
+    agree(arms(0.0))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in sorted({1, before}):
+            torch.set_num_threads(threads)
+            results += [line(temperature, threads) for temperature in (1.0, 0.0)]
+    finally:
+        torch.set_num_threads(before)
+    for row in results:
+        print(row)
+    folder = os.environ.get("LOOPMDM_RESULTS")
+    if folder:
+        machine = {"cpu": _cpu(), "cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
+        unit = "ms, medians of interleaved rounds; ratios are medians round by round, llada / arm; MB beyond the start"
+        text = ",\n".join("  " + json.dumps(row) for row in results)
+        head = json.dumps({"op": "head_stats", "machine": machine, "unit": unit})[:-1]
+        Path(folder, "cpu-head_stats.json").write_text(f'{head},\n "rows": [\n{text}\n ]}}\n')
+
+
+def line(temperature: float, threads: int, rounds: int = ROUNDS) -> dict[str, Any]:
+    found = arms(temperature)
+    found.pop("torch")
+    taken: dict[str, list[float]] = {name: [] for name in found}
+    for _ in range(rounds):
+        for name, run in found.items():
+            start = time.perf_counter()
+            run()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+    taken = {name: times[1:] for name, times in taken.items()}
+    return {
+        "shape": [LENGTH, len(MASKED), DIM, VOCAB],
+        "temperature": temperature,
+        "threads": threads,
+        "ms": {name: round(statistics.median(times), 1) for name, times in taken.items()},
+        "ratio": {n: round(statistics.median(map(_over, taken["llada"], t)), 2) for n, t in taken.items()},
+        "fastest_ratio": {n: round(min(taken["llada"]) / min(t), 2) for n, t in taken.items()},
+        "peak_MB": {name: peak(name, temperature, threads) for name in found},
+    }
+
+
+def _over(a: float, b: float) -> float:
+    return a / b
+
+
+def peak(arm: str, temperature: float, threads: int) -> float:
+    """MB by which a process grows at most while it runs an arm once; a small problem has warmed it."""
+    code = f"import bench_head_stats as b; print(b.grown({arm!r}, {temperature}, {threads}))"
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    return float(done.stdout)
+
+
+def grown(arm: str, temperature: float, threads: int) -> float:
+    torch.set_num_threads(threads)
+    arms(temperature, 3000)[arm]()
+    run = arms(temperature)[arm]
+    ctypes.CDLL(None).malloc_trim(0)  # else what was freed before would hide what the arm takes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    run()
+    return round((_status("VmHWM") - before) / 1024, 1)
+
+
+def _status(name: str) -> int:
+    (entry,) = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(name)]
+    return int(entry.split()[1])
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [text.split(":")[1].strip() for text in info.read_text().splitlines() if text.startswith("model name")]
+    return names[0] if names else platform.machine()

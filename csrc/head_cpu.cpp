@@ -1,0 +1,422 @@
+// Groups of 128 logits on the CPU: a product whose tile stays in cache, and their statistics. See head.h.
+//
+// A logit is the same bits whatever tile, thread or batch computes it: lanes over the depth, one order of sums.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "head.h"
+#include "noise.h"
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
+#define LOOPMDM_X86 1
+#include <immintrin.h>
+#endif
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call: everything here is inlined
+#define INLINE inline __attribute__((always_inline))
+
+namespace loopmdm {
+namespace {
+
+constexpr int64_t kBlock = 512;  // vocabulary ids of one task: its weights lie in the second cache
+constexpr int64_t kRows = 128;   // rows of one task: their logits too
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef uint32_t u16 __attribute__((vector_size(64)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
+typedef uint32_t u4 __attribute__((vector_size(16)));
+
+constexpr int64_t kPanel = 64;  // ids that a product takes at a time, side by side in memory
+
+template <typename V>
+INLINE V load(const void* at) {
+    V x;
+    memcpy(&x, at, sizeof x);
+    return x;
+}
+
+// S = 8, 4, 2, 1 transpose 16 vectors: blocks of S lanes and S vectors change places.
+template <int S>
+INLINE void swap_blocks(u16 x[16]) {
+#define LOW(j) ((j) & S ? 16 + (j)-S : (j))
+#define HIGH(j) ((j) & S ? 16 + (j) : (j) + S)
+#define LANES(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+    for (int i = 0; i < 16; ++i) {
+        if (i & S) continue;
+        const u16 a = x[i], b = x[i + S];
+        x[i] = __builtin_shufflevector(a, b, LANES(LOW));
+        x[i + S] = __builtin_shufflevector(a, b, LANES(HIGH));
+    }
+#undef LOW
+#undef HIGH
+#undef LANES
+}
+
+// A word: one fp32 number, or two bf16, of which a row's last one has only the first (`size` 2).
+INLINE uint32_t word(const char* at, int64_t size) {
+    uint32_t x = 0;
+    memcpy(&x, at, size == 4 ? 4 : 2);
+    return x;
+}
+
+// panel[k][c] = word k of row c of w, 0 for the columns from cols to kPanel.
+template <bool Wide>
+INLINE void pack(const char* w, int64_t cols, int64_t bytes, uint32_t* panel) {
+    const int64_t words = (bytes + 3) / 4;
+    for (int64_t c = 0; c < kPanel; c += 16) {
+        int64_t k = 0;
+        if constexpr (Wide) {
+            for (; c + 16 <= cols && 4 * (k + 16) <= bytes; k += 16) {
+                u16 x[16];
+                for (int i = 0; i < 16; ++i) x[i] = load<u16>(w + (c + i) * bytes + 4 * k);
+                swap_blocks<8>(x), swap_blocks<4>(x), swap_blocks<2>(x), swap_blocks<1>(x);
+                for (int i = 0; i < 16; ++i) memcpy(panel + (k + i) * kPanel + c, &x[i], sizeof x[i]);
+            }
+        }
+        for (; k < words; ++k)
+            for (int64_t i = c; i < c + 16; ++i) panel[k * kPanel + i] = i < cols ? word(w + i * bytes + 4 * k, bytes - 4 * k >= 4 ? 4 : 2) : 0;
+    }
+}
+
+// out[r][c] = x[r] . panel[.][c] for R rows and C vectors of columns: one lane a logit, the depth in rising order.
+template <typename V, typename U, bool Bf16, int R, int C>
+INLINE void tile(const char* x, int64_t stride, const uint32_t* panel, int64_t bytes, float* out, int64_t out_stride) {
+    constexpr int L = sizeof(V) / 4;
+    V acc[R][C] = {};
+    const auto step = [&](int64_t k, int64_t size) __attribute__((always_inline)) {
+        U right[C];
+        for (int c = 0; c < C; ++c) right[c] = load<U>(panel + k * kPanel + c * L);
+        for (int r = 0; r < R; ++r) {
+            const U left = (U){} + word(x + r * stride + 4 * k, size);
+            for (int c = 0; c < C; ++c) {
+                if constexpr (Bf16) {
+                    acc[r][c] += (V)(left << 16) * (V)(right[c] << 16);
+                    acc[r][c] += (V)(left & 0xffff0000u) * (V)(right[c] & 0xffff0000u);
+                } else {
+                    acc[r][c] += (V)left * (V)right[c];
+                }
+            }
+        }
+    };
+    int64_t k = 0;
+    for (; 4 * k + 4 <= bytes; ++k) step(k, 4);
+    if (4 * k < bytes) step(k, 2);
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) memcpy(out + r * out_stride + c * L, &acc[r][c], sizeof(V));
+}
+
+// Bytes of a row of w and from row to row of x. out has room for a multiple of kPanel columns.
+#define PRODUCT(name, wide, columns, many, one, R)                                                                    \
+    void name(const char* x, int64_t stride, int64_t rows, const char* w, int64_t cols, int64_t bytes, float* out,   \
+              int64_t out_stride) {                                                                                   \
+        thread_local std::vector<uint32_t> panel;                                                                     \
+        panel.resize((bytes + 3) / 4 * kPanel);                                                                       \
+        for (int64_t first = 0; first < cols; first += kPanel) {                                                      \
+            pack<wide>(w + first * bytes, std::min(kPanel, cols - first), bytes, panel.data());                       \
+            for (int64_t c = 0; c < kPanel; c += columns) {                                                           \
+                float* to = out + first + c;                                                                          \
+                int64_t r = 0;                                                                                        \
+                for (; r + R <= rows; r += R)                                                                         \
+                    many(x + r * stride, stride, panel.data() + c, bytes, to + r * out_stride, out_stride);           \
+                for (; r < rows; ++r) one(x + r * stride, stride, panel.data() + c, bytes, to + r * out_stride, 0);   \
+            }                                                                                                         \
+        }                                                                                                             \
+    }
+
+// Here, and only here, a * b + c may be one operation.
+#if defined(__clang__)
+#define FUSED
+#else
+#define FUSED __attribute__((optimize("fp-contract=fast")))
+#endif
+FUSED PRODUCT(product_fp32, false, 16, (tile<v4, u4, false, 2, 4>), (tile<v4, u4, false, 1, 4>), 2)
+FUSED PRODUCT(product_bf16, false, 16, (tile<v4, u4, true, 2, 4>), (tile<v4, u4, true, 1, 4>), 2)
+#ifdef LOOPMDM_X86
+#define V3 __attribute__((target("avx2,fma")))
+#define V4 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+FUSED V3 PRODUCT(product_fp32_v3, false, 16, (tile<v8, u8, false, 6, 2>), (tile<v8, u8, false, 1, 2>), 6)
+FUSED V3 PRODUCT(product_bf16_v3, false, 16, (tile<v8, u8, true, 4, 2>), (tile<v8, u8, true, 1, 2>), 4)
+FUSED V4 PRODUCT(product_fp32_v4, true, 64, (tile<v16, u16, false, 6, 4>), (tile<v16, u16, false, 1, 4>), 6)
+FUSED V4 PRODUCT(product_bf16_v4, true, 64, (tile<v16, u16, true, 4, 4>), (tile<v16, u16, true, 1, 4>), 4)
+
+#define BF16 __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+// As `tile` of bf16, both products of a word in one instruction.
+template <int R, int C>
+BF16 INLINE void tile_dot(const char* x, int64_t stride, const uint32_t* panel, int64_t bytes, float* out,
+                          int64_t out_stride) {
+    __m512 acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_ps();
+    const auto step = [&](int64_t k, int64_t size) BF16 __attribute__((always_inline)) {
+        __m512bh right[C];
+        for (int c = 0; c < C; ++c) right[c] = (__m512bh)_mm512_loadu_si512(panel + k * kPanel + 16 * c);
+        for (int r = 0; r < R; ++r) {
+            const auto left = (__m512bh)_mm512_set1_epi32(static_cast<int>(word(x + r * stride + 4 * k, size)));
+            for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], left, right[c]);
+        }
+    };
+    int64_t k = 0;
+    for (; 4 * k + 4 <= bytes; ++k) step(k, 4);
+    if (4 * k < bytes) step(k, 2);
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + r * out_stride + 16 * c, acc[r][c]);
+}
+BF16 PRODUCT(product_bf16_dot, true, 64, (tile_dot<6, 4>), (tile_dot<1, 4>), 6)
+#endif
+
+// The statistics of one group: 8 vectors, every lane a logit.
+INLINE v16 exp24(v16 t) {
+    t = t > -87.0f ? t : (v16){} - 87.0f;
+    const v16 y = t * 1.44269504f;
+    const v16 z = y + 12582936.0f;
+    const v16 r = y - (z - 12582936.0f);
+    v16 p = (v16){} + 1.5476301e-4f;
+    p = p * r + 1.340027e-3f;
+    p = p * r + 9.618004e-3f;
+    p = p * r + 5.550328e-2f;
+    p = p * r + 0.2402265f;
+    p = p * r + 0.6931472f;
+    p = p * r + 1.0f;
+    return (v16)((u16)p + ((u16)z << 23));
+}
+
+// Over the 16 lanes, halves first.
+#define REDUCE(name, T, V, H, Q, combine)                                                                             \
+    INLINE T name(V x) {                                                                                              \
+        const H a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);                                            \
+        const H b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);                                      \
+        const H h = combine(a, b);                                                                                    \
+        const Q c = __builtin_shufflevector(h, h, 0, 1, 2, 3), d = __builtin_shufflevector(h, h, 4, 5, 6, 7);         \
+        const Q q = combine(c, d), r = __builtin_shufflevector(q, q, 2, 3, 0, 1), s = combine(q, r);                  \
+        const T y = s[0], z = s[1];                                                                                   \
+        return combine(y, z);                                                                                         \
+    }
+#define PLUS(a, b) ((a) + (b))
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+REDUCE(sum, float, v16, v8, v4, PLUS)
+REDUCE(sum, uint32_t, u16, u8, u4, PLUS)
+REDUCE(largest, float, v16, v8, v4, LARGER)
+
+INLINE void group(const float* logits, int64_t n, const float* bias, float scale, float* best, uint32_t* total,
+                  float* dot, uint32_t* tempered) {
+    float padded[2][kSpan];
+    if (n < kSpan) {
+        for (int64_t i = 0; i < kSpan; ++i) padded[0][i] = i < n ? logits[i] : kLowest;
+        if (bias) {
+            for (int64_t i = 0; i < kSpan; ++i) padded[1][i] = i < n ? bias[i] : 0.0f;
+            bias = padded[1];
+        }
+        logits = padded[0];
+    }
+    v16 x[8], most = (v16){} + kLowest;
+    for (int i = 0; i < 8; ++i) {
+        x[i] = load<v16>(logits + 16 * i);
+        if (bias) x[i] += load<v16>(bias + 16 * i);
+        x[i] = x[i] > kLargest ? (v16){} + kLargest : x[i];
+        x[i] = x[i] == x[i] ? x[i] : (v16){} + kLowest;
+        most = x[i] > most ? x[i] : most;
+    }
+    const float top = largest(most);
+    *best = top;
+    if (top == kLowest) {
+        *total = 0, *dot = 0;
+        if (tempered) *tempered = 0;
+        return;
+    }
+    u16 counted = {}, warm = {};
+    v16 weighted = {};
+    for (int i = 0; i < 8; ++i) {
+        v16 t = x[i] - top;
+        const v16 e = exp24(t);
+        counted += (u16)__builtin_convertvector(e + 0.5f, i16);
+        weighted += e * (t > -87.0f ? t : (v16){} - 87.0f);
+        if (tempered) warm += (u16)__builtin_convertvector(exp24(t * scale) + 0.5f, i16);
+    }
+    *total = sum(counted);
+    *dot = sum(weighted);
+    if (tempered) *tempered = sum(warm);
+}
+
+#define GROUPS(name)                                                                                                  \
+    void name(const float* logits, int64_t n, const float* bias, float scale, float* best, uint32_t* total,          \
+              float* dot, uint32_t* tempered) {                                                                       \
+        for (; n > 0; n -= kSpan, logits += kSpan, ++best, ++total, ++dot) {                                          \
+            group(logits, std::min(n, kSpan), bias, scale, best, total, dot, tempered);                               \
+            if (bias) bias += kSpan;                                                                                  \
+            if (tempered) ++tempered;                                                                                 \
+        }                                                                                                             \
+    }
+GROUPS(groups)
+
+// 64 numbers of consecutive indices from a multiple of 4; left to the compiler to vectorise.
+INLINE void gumbel64(uint32_t k0, uint32_t k1, uint32_t step, uint32_t position, uint32_t block, uint32_t stream,
+                     float* out) {
+    uint32_t c0[16], c1[16], c2[16], c3[16];
+    for (int i = 0; i < 16; ++i) c0[i] = block + i, c1[i] = position, c2[i] = step, c3[i] = stream;
+    for (int round = 0; round < 10; ++round) {
+        for (int i = 0; i < 16; ++i) {
+            const uint64_t p0 = uint64_t{0xD2511F53u} * c0[i], p1 = uint64_t{0xCD9E8D57u} * c2[i];
+            c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
+            c1[i] = static_cast<uint32_t>(p1);
+            c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
+            c3[i] = static_cast<uint32_t>(p0);
+        }
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    uint32_t bits[64];
+    for (int i = 0; i < 16; ++i) bits[4 * i] = c0[i], bits[4 * i + 1] = c1[i], bits[4 * i + 2] = c2[i], bits[4 * i + 3] = c3[i];
+    for (int i = 0; i < 64; ++i) out[i] = gumbel_of(bits[i]);
+}
+
+#define GUMBELS(name)                                                                                                 \
+    void name(int64_t seed, uint32_t step, uint32_t position, uint32_t first, int64_t count, uint32_t stream,        \
+              float* out) {                                                                                           \
+        const auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);   \
+        float some[64];                                                                                               \
+        for (int64_t skip = first % 4, block = first / 4; count > 0; skip = 0, block += 16) {                         \
+            gumbel64(k0, k1, step, position, static_cast<uint32_t>(block), stream, some);                             \
+            const int64_t n = std::min<int64_t>(64 - skip, count);                                                    \
+            memcpy(out, some + skip, n * sizeof(float));                                                              \
+            out += n, count -= n;                                                                                     \
+        }                                                                                                             \
+    }
+GUMBELS(gumbels)
+
+#ifdef LOOPMDM_X86
+V3 GROUPS(groups_v3)
+V4 GROUPS(groups_v4)
+V3 GUMBELS(gumbels_v3)
+V4 GUMBELS(gumbels_v4)
+#endif
+
+struct Kernels {
+    decltype(&product_fp32) fp32 = product_fp32, bf16 = product_bf16;
+    decltype(&groups) stats = groups;
+    decltype(&gumbels) noise = gumbels;
+};
+
+Kernels choose() {
+    Kernels k;
+#ifdef LOOPMDM_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        k = {product_fp32_v3, product_bf16_v3, groups_v3, gumbels_v3};
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+        k = {product_fp32_v4, product_bf16_v4, groups_v4, gumbels_v4};
+        if (__builtin_cpu_supports("avx512bf16")) k.bf16 = product_bf16_dot;
+    }
+#endif
+    return k;
+}
+const Kernels kernels = choose();
+
+void parallel(int64_t tasks, int64_t workers, const std::function<void(int64_t)>& task) {
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        for (int64_t i; (i = next.fetch_add(1)) < tasks;) task(i);
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < std::min(workers, tasks); ++i) {
+        try {
+            others.emplace_back(work);
+        } catch (const std::system_error&) {
+            break;  // no more threads to be had: those that run take all the tasks
+        }
+    }
+    work();
+    for (auto& other : others) other.join();
+}
+
+template <typename T>
+T* as(uintptr_t at) {
+    return reinterpret_cast<T*>(at);
+}
+
+float value(const char* at, bool is_bf16) {
+    uint32_t bits = 0;
+    memcpy(reinterpret_cast<char*>(&bits) + 2 * is_bf16, at, is_bf16 ? 2 : 4);
+    return as_float(static_cast<int32_t>(bits));
+}
+
+// Logits [rows][stride_out] of columns [first, first + cols), suppressed ids at -inf, bias still to be added.
+void logits_of(const Head& h, int64_t row, int64_t rows, int64_t first, int64_t cols, float* out, int64_t out_stride) {
+    const int64_t size = h.is_bf16 ? 2 : 4;
+    const char* x = as<const char>(h.x) + row * h.stride * size;
+    if (h.weight) {
+        (h.is_bf16 ? kernels.bf16 : kernels.fp32)(x, h.stride * size, rows, as<const char>(h.weight) + first * h.dim * size,
+                                                  cols, h.dim * size, out, out_stride);
+    } else {
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < cols; ++c)
+                out[r * out_stride + c] = value(x + (r * h.stride + first + c) * size, h.is_bf16);
+    }
+    const auto *id = as<const int64_t>(h.suppressed), *end = id + h.n_suppressed;
+    for (id = std::lower_bound(id, end, first); id < end && *id < first + cols; ++id)
+        for (int64_t r = 0; r < rows; ++r) out[r * out_stride + *id - first] = kLowest;
+}
+
+constexpr int64_t kOperationsPerThread = 1 << 20;  // starting a thread costs about as much
+
+int64_t worth(int64_t operations, int threads) {
+    return std::max<int64_t>(1, std::min<int64_t>(threads, operations / kOperationsPerThread));
+}
+
+}  // namespace
+
+void head_groups_cpu(const Head& h, float scale, uintptr_t best, uintptr_t total, uintptr_t dot, uintptr_t tempered,
+                     int threads) {
+    const int64_t groups = (h.vocab + kSpan - 1) / kSpan, blocks = (h.vocab + kBlock - 1) / kBlock;
+    const int64_t chunks = (h.rows + kRows - 1) / kRows;
+    const int64_t workers = worth(h.rows * h.vocab * (h.weight ? h.dim : 16), threads);
+    parallel(blocks * chunks, workers, [&](int64_t task) {
+        thread_local std::vector<float> scratch;
+        scratch.resize(kRows * kBlock);
+        const int64_t first = task % blocks * kBlock, cols = std::min(kBlock, h.vocab - first);
+        const int64_t row = task / blocks * kRows, rows = std::min(kRows, h.rows - row);
+        logits_of(h, row, rows, first, cols, scratch.data(), kBlock);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t at = (row + r) * groups + first / kSpan;
+            kernels.stats(scratch.data() + r * kBlock, cols, h.bias ? as<const float>(h.bias) + first : nullptr, scale,
+                          as<float>(best) + at, as<uint32_t>(total) + at, as<float>(dot) + at,
+                          tempered ? as<uint32_t>(tempered) + at : nullptr);
+        }
+    });
+}
+
+void head_inside_cpu(const Head& h, uintptr_t group, uintptr_t out, int64_t per, int threads) {
+    const int64_t workers = worth(h.rows * per * kSpan * (h.weight ? h.dim : 16), threads);
+    parallel(h.rows * per, workers, [&](int64_t i) {
+        const int64_t first = as<const int64_t>(group)[i] * kSpan, cols = std::min(kSpan, h.vocab - first);
+        float* to = as<float>(out) + i * kSpan;
+        logits_of(h, i / per, 1, first, cols, to, kSpan);
+        for (int64_t c = 0; c < kSpan; ++c) {
+            float x = c < cols ? to[c] : kLowest;
+            if (h.bias && c < cols) x += as<const float>(h.bias)[first + c];
+            x = x > kLargest ? kLargest : x;
+            to[c] = x == x ? x : kLowest;
+        }
+    });
+}
+
+void gumbel_cpu(uintptr_t seeds, uintptr_t steps, uintptr_t positions, uintptr_t first, uintptr_t out, int64_t rows,
+                int64_t count, int64_t stream, int threads) {
+    parallel(rows, worth(rows * count * 64, threads), [&](int64_t row) {
+        kernels.noise(as<const int64_t>(seeds)[row], static_cast<uint32_t>(as<const int64_t>(steps)[row]),
+                      static_cast<uint32_t>(as<const int64_t>(positions)[row]),
+                      static_cast<uint32_t>(as<const int64_t>(first)[row]), count, static_cast<uint32_t>(stream),
+                      as<float>(out) + row * count);
+    });
+}
+
+}  // namespace loopmdm

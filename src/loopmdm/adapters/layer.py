@@ -1,0 +1,263 @@
+"""One transformer layer of any recognised codebase, computed with this package's ops from the codebase's own modules.
+
+A `Layout` says what a layer is made of and where its tensors are; `run` interprets it. Projections are called as
+modules, so that LoRA wrappers, quantised layers and hooks on them stay in force; norms are read for their weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from ..model.block import rope_table, rotate
+from ..ops.residual_norm import residual_norm
+
+Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a layer computes and, as dotted paths inside it, the modules that hold its tensors.
+
+    Attributes:
+        heads, groups, head_dim: query heads, key/value heads and their width.
+        attn_norm, mlp_norm: modules with `weight` and perhaps `bias`.
+        qkv: one module that computes q, k and v side by side, or three.
+        out, down: projections back to the residual stream.
+        up: one module, or (gate, up) for SwiGLU.
+        norm, eps: "rmsnorm" or "layernorm", statistics in fp32.
+        activation: "swiglu", "gelu_tanh", "gelu" or "relu2".
+        interleaved_qkv: rows of the packed projection lie by query group (q, .., q, k, v), as in lit-gpt.
+        rope_layout, rope_dtype: as in `ModelConfig`; the table comes with each call.
+        qk_norm: "none", "before_rope" or "after_rope" with the per-head norms `q_norm` and `k_norm`.
+        modulation: projection of the conditioning to DiT's six parts (shift, scale, gate; attention, then MLP); "" for
+            none.
+        dropout, attention_dropout: in training.
+        causal: attention is causal where no mask is given.
+        tuple_out: whether the layer's own forward returns a tuple.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+    attn_norm: str
+    qkv: tuple[str, ...]
+    out: str
+    mlp_norm: str
+    up: tuple[str, ...]
+    down: str
+    norm: str = "rmsnorm"
+    eps: float = 1e-5
+    activation: str = "swiglu"
+    interleaved_qkv: bool = False
+    rope_layout: str = "half"
+    rope_dtype: str = "float32"
+    qk_norm: str = "none"
+    q_norm: str = ""
+    k_norm: str = ""
+    modulation: str = ""
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    causal: bool = False
+    tuple_out: bool = False
+
+
+@dataclass
+class Shared:
+    """What all patched layers of one model share, beside the arguments that the codebase passes.
+
+    Attributes:
+        mask: bool, broadcastable to [B, 1, T, T], True where a query may look at a key; set for the length of a call.
+        ignore_padding: do as a codebase does that drops its padding mask.
+        tables: the rotary table that layers make for themselves, by (length, head_dim, base, device); the last one.
+    """
+
+    mask: Tensor | None = None
+    ignore_padding: bool = False
+    tables: dict[tuple[int, int, float, torch.device], Rope] = field(default_factory=dict)
+
+    def table(self, length: int, head_dim: int, theta: float, device: torch.device) -> Rope:
+        """(cos, sin), each [length, head_dim / 2] in fp32, made once."""
+        if torch.compiler.is_compiling():
+            return rope_table(torch.arange(length, device=device), head_dim, theta)
+        key = (length, head_dim, theta, device)
+        if key not in self.tables:
+            with torch.inference_mode(False):  # what inference mode makes could not be used in training
+                self.tables = {key: rope_table(torch.arange(length, device=device), head_dim, theta)}
+        return self.tables[key]
+
+
+@dataclass
+class Patched:
+    """What a layer needs to be run by this package; its attribute `_loopmdm`. `in_place`: put there by `patch`."""
+
+    family: str
+    layout: Layout
+    shared: Shared
+    in_place: bool = False
+
+
+def run(
+    block: Any,
+    x: Tensor,
+    rope: Rope | None,
+    mask: Tensor | None = None,
+    cond: Tensor | None = None,
+    causal: bool | None = None,
+) -> Tensor:
+    """x [B, T, D] -> [B, T, D] in x's dtype.
+
+    Args:
+        block: a layer that has its `Patched` record.
+        rope: (cos, sin), each [T, head_dim / 2] or [1 or B, T, head_dim / 2].
+        mask: bool or additive, broadcastable to [B, 1, T, T]; a mask in `Shared` is added to it.
+        cond: [1 or B, C], read only with modulation. One row folds the modulation into the norms' gain and bias, made
+            anew in each call.
+        causal: whether attention is causal where no mask is given; None is the layout's.
+    """
+    record: Patched = block._loopmdm
+    layout = record.layout
+    causal = layout.causal if causal is None else causal
+    if causal and mask is None and record.shared.mask is not None:
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
+    mask = _both(mask, record.shared.mask)
+    causal = causal and mask is None
+    p = layout.dropout if block.training else 0.0
+    if not layout.modulation:
+        _, h = _norm(block, layout.attn_norm, layout, x)
+        x, h = _norm(block, layout.mlp_norm, layout, x, _drop(_attention(block, layout, h, rope, mask, causal), p))
+        return x + _drop(_mlp(block, layout, h), p)
+    if cond is None:
+        raise InputError("this layer is modulated; its forward needs the conditioning c, [B, cond_dim]")
+    parts = _at(block, layout.modulation)(_one_row(cond)).chunk(6, dim=-1)
+    if len(parts[0]) == 1:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part[0].float() for part in parts)
+        _, h = _norm(block, layout.attn_norm, layout, x, None, scale_a, shift_a)
+        branch = gate_a * _drop(_attention(block, layout, h, rope, mask, causal), p)
+        x, h = _norm(block, layout.mlp_norm, layout, x, branch, scale_m, shift_m)
+        return torch.addcmul(x, gate_m, _drop(_mlp(block, layout, h), p).to(x.dtype))
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part[:, None].float() for part in parts)
+    work = _work(block, layout, x)
+    h = (_norm(block, layout.attn_norm, layout, x, wide=True)[1] * (1 + scale_a) + shift_a).to(work)
+    branch = gate_a * _drop(_attention(block, layout, h, rope, mask, causal), p)
+    x, h = _norm(block, layout.mlp_norm, layout, x, branch, wide=True)
+    h = (h * (1 + scale_m) + shift_m).to(work)
+    return x + (gate_m * _drop(_mlp(block, layout, h), p)).to(x.dtype)
+
+
+def _norm(
+    block: Any,
+    path: str,
+    layout: Layout,
+    x: Tensor,
+    branch: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(x + branch, its norm times 1 + scale plus shift in the dtype of the products, with `wide` in x's)."""
+    module = _at(block, path)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if scale is not None:
+        gain = 1 + scale
+        bias = shift if bias is None else bias * gain + shift
+        weight = gain if weight is None else weight * gain
+    out_dtype = x.dtype if wide else _work(block, layout, x)
+    return residual_norm(x, branch, weight, bias, kind=layout.norm, eps=layout.eps, out_dtype=out_dtype)
+
+
+def _attention(block: Any, layout: Layout, x: Tensor, rope: Rope | None, mask: Tensor | None, causal: bool) -> Tensor:
+    B, T, _ = x.shape
+    H, G, hd = layout.heads, layout.groups, layout.head_dim
+    if len(layout.qkv) == 3:
+        q, k, v = (_at(block, path)(x).view(B, T, -1, hd) for path in layout.qkv)
+    else:
+        qkv = _at(block, layout.qkv[0])(x)
+        if layout.interleaved_qkv:
+            q, k, v = qkv.view(B, T, G, H // G + 2, hd).split((H // G, 1, 1), dim=3)
+            q, k, v = q.reshape(B, T, H, hd), k.squeeze(3), v.squeeze(3)
+        else:
+            q, k, v = qkv.view(B, T, H + 2 * G, hd).split((H, G, G), dim=2)
+    if layout.qk_norm == "before_rope":
+        q, k = _head_norm(block, layout.q_norm, layout, q), _head_norm(block, layout.k_norm, layout, k)
+    if rope is not None:
+        q, k = (rotate(u, rope, layout.rope_layout, layout.rope_dtype) for u in (q, k))
+    if layout.qk_norm == "after_rope":
+        q, k = _head_norm(block, layout.q_norm, layout, q), _head_norm(block, layout.k_norm, layout, k)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=layout.attention_dropout if block.training else 0.0,
+        is_causal=causal,
+        enable_gqa=H != G,
+    )
+    return _at(block, layout.out)(y.transpose(1, 2).flatten(2))
+
+
+def _head_norm(block: Any, path: str, layout: Layout, x: Tensor) -> Tensor:
+    return residual_norm(x, None, _at(block, path).weight, kind="rmsnorm", eps=layout.eps)[1]
+
+
+def _mlp(block: Any, layout: Layout, x: Tensor) -> Tensor:
+    if layout.activation == "swiglu":
+        if len(layout.up) == 2:
+            gate, up = (_at(block, path)(x) for path in layout.up)
+        else:
+            gate, up = _at(block, layout.up[0])(x).chunk(2, dim=-1)
+        h = F.silu(gate) * up
+    else:
+        h = _at(block, layout.up[0])(x)
+        if layout.activation == "relu2":
+            h = F.relu(h).square()
+        else:
+            h = F.gelu(h, approximate="tanh" if layout.activation == "gelu_tanh" else "none")
+    return _at(block, layout.down)(h)
+
+
+def _at(block: Any, path: str) -> Any:
+    for name in path.split("."):
+        block = getattr(block, name)
+    return block
+
+
+def _work(block: Any, layout: Layout, x: Tensor) -> torch.dtype:
+    """The dtype that the projections compute in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    weight = getattr(_at(block, layout.qkv[0]), "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.dtype.is_floating_point else x.dtype
+
+
+def _drop(branch: Tensor, p: float) -> Tensor:
+    return F.dropout(branch, p, True) if p else branch
+
+
+def _one_row(cond: Tensor) -> Tensor:
+    """The conditioning, as one row [1, C] where all sequences are known to have the same.
+
+    Values are compared on the CPU only, since on a GPU that would wait for it, and only without gradients, which are
+    those of each row.
+    """
+    if len(cond) == 1 or torch.compiler.is_compiling() or (torch.is_grad_enabled() and cond.requires_grad):
+        return cond
+    if cond.stride(0) == 0 or (cond.is_cpu and bool((cond == cond[:1]).all())):
+        return cond[:1]
+    return cond
+
+
+def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """A mask that hides what either hides; `other` is bool."""
+    if mask is None or other is None:
+        return other if mask is None else mask
+    if mask.dtype == torch.bool:
+        return mask & other
+    return mask.masked_fill(~other, torch.finfo(mask.dtype).min)

@@ -1,0 +1,246 @@
+"""What the benchmarks measured: one small file a run, tables, comparisons and the README's summary.
+
+`pytest benchmarks --benchmark-json FILE` writes every round; `condense` keeps of each row the median, the number of
+rounds, the ratio to its reference with the interval, and what the benchmark noted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+FORMAT = 1
+SHARED = ("device", "threads", "versions", "revision")
+"""Of the machine and the run: kept once."""
+
+Row = dict[str, Any]
+
+HEADLINES = (
+    r"^generate, .*64 steps.* \| loopmdm",
+    r"^(head and unmask|unmask step).* \| ",
+    r"^loss.* \| ",
+    r"^looped block, forward: paper-170m, S = (4|12).* \| ",
+)
+"""Groups and arms of the README's table."""
+
+
+def condense(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """pytest-benchmark's JSON -> {"format", "date", device, threads, versions, revision, "rows"}."""
+    rows, shared = [], {}
+    for entry in raw["benchmarks"]:
+        extra = dict(entry["extra_info"])
+        shared.update({key: extra.pop(key) for key in SHARED if key in extra})
+        seconds = entry["stats"]["median"]
+        row = {"group": entry["group"] or entry["fullname"], "arm": entry["name"], "seconds": seconds}
+        rows.append(row | {"rounds": entry["stats"]["rounds"]} | extra)
+    if not rows:
+        raise InputError("nothing was measured: no benchmark matched, or all were skipped")
+    return {"format": FORMAT, "date": raw["datetime"][:10], **shared, "rows": rows}
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """A results file; InputError if it is none."""
+    path = Path(path)
+    try:
+        results = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} is no JSON file") from None
+    if not isinstance(results, dict) or results.get("format") != FORMAT or not results.get("rows"):
+        raise InputError(f"{path} is no results file of `loopmdm bench`")
+    return results
+
+
+def save(results: Mapping[str, Any], path: str | Path, merge: bool = False) -> Path:
+    """Write one row a line; a file with better evidence stays, and the results go beside it.
+
+    Better evidence: rows that these results lack, or more rounds for a row, or another device.
+
+    Args:
+        merge: keep the rows of a file of the same device, versions and revision that these results do not replace.
+
+    Returns:
+        where the results are.
+    """
+    path = Path(path)
+    if path.exists():
+        try:
+            before = load(path)
+        except InputError:
+            raise InputError(f"{path} exists and is no results file; name another") from None
+        if merge and all(before.get(key) == results.get(key) for key in SHARED):
+            results = {**results, "rows": _merged(before["rows"], results["rows"])}
+        if _better(before, results):
+            taken = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(2, 10_000))
+            path = next(other for other in taken if not other.exists())
+    head = json.dumps({key: value for key, value in results.items() if key != "rows"})[:-1]
+    lines = ",\n".join("  " + json.dumps({k: _short(v) for k, v in row.items()}) for row in results["rows"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(f'{head},\n "rows": [\n{lines}\n ]}}\n')
+    temporary.replace(path)
+    return path
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _better(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    rounds = {(row["group"], row["arm"]): row["rounds"] for row in now["rows"]}
+    if any(before.get(key) != now.get(key) for key in ("device", "threads")):
+        return True
+    return any(rounds.get((row["group"], row["arm"]), 0) < row["rounds"] for row in before["rows"])
+
+
+def _merged(before: Sequence[Row], now: Sequence[Row]) -> list[Row]:
+    found = {(row["group"], row["arm"]): row for row in before}
+    for row in now:
+        place = row["group"], row["arm"]
+        if place not in found or found[place]["rounds"] <= row["rounds"]:
+            found[place] = row
+    return list(found.values())
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by group, in the order in which they were measured."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["group"], []).append(row)
+    return found
+
+
+def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Cells, a heading first; a group's name stands in a row of its own."""
+    out: list[tuple[str, ...]] = [("", "median", "times faster", "tokens/s", "share of matmul", "peak memory")]
+    for name, rows in groups(results["rows"]).items():
+        out.append((name, "", "", "", "", ""))
+        for row in rows:
+            share, memory = row.get("share_of_matmul"), row.get("peak_bytes")
+            cells = (
+                f"  {row['arm']}",
+                seconds(row["seconds"]),
+                ratio(row),
+                f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "",
+                f"{100 * share:.0f}%" if share is not None else "",
+                f"{memory / 2**20:,.1f} MiB" if memory is not None else "",
+            )
+            out.append(cells)
+    return out
+
+
+def seconds(value: float) -> str:
+    """1.5e-5 -> "15.0 µs"."""
+    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
+        if value < limit:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value:.3g} s"
+
+
+def ratio(row: Row) -> str:
+    """ "2.31 (2.20 to 2.40)"; nothing for a reference's own row."""
+    if "ratio" not in row:
+        return ""
+    return f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """(cells of a table, heading first; sentences): how far two runs agree.
+
+    A row agrees when each run's ratio lies in the other's interval; a group, when the geometric means of its ratios are
+    within 10%. Rows without a ratio are compared by their times, which depend on the machine.
+    """
+    cells: list[tuple[str, ...]] = [("", "first", "second", "second / first", "")]
+    theirs = {(row["group"], row["arm"]): row for row in b["rows"]}
+    inside = total = 0
+    apart = []
+    for name, rows in groups(a["rows"]).items():
+        pairs = [(row, theirs[name, row["arm"]]) for row in rows if (name, row["arm"]) in theirs]
+        if not pairs:
+            continue
+        cells.append((name, "", "", "", ""))
+        for one, two in pairs:
+            if "ratio" in one and "ratio" in two:
+                agree = one["ratio_low"] <= two["ratio"] <= one["ratio_high"]
+                agree = agree and two["ratio_low"] <= one["ratio"] <= two["ratio_high"]
+                inside, total = inside + agree, total + 1
+                change = two["ratio"] / one["ratio"]
+                cells.append((f"  {one['arm']}", ratio(one), ratio(two), f"{change:.2f}", "" if agree else "outside"))
+            else:
+                change = two["seconds"] / one["seconds"]
+                cells.append((f"  {one['arm']}", seconds(one["seconds"]), seconds(two["seconds"]), f"{change:.2f}", ""))
+        shifts = [math.log(two["ratio"] / one["ratio"]) for one, two in pairs if "ratio" in one and "ratio" in two]
+        if shifts and abs(sum(shifts) / len(shifts)) > math.log(1.1):
+            apart.append(name)
+    if len(cells) == 1:
+        raise InputError("the two files have no row in common")
+    verdict = [f"{inside} of {total} ratios lie inside the other run's interval."]
+    verdict.append(
+        f"Group means differ by more than 10% in: {'; '.join(apart)}." if apart else "All group means agree within 10%."
+    )
+    for key in SHARED:
+        if a.get(key) != b.get(key):
+            verdict.append(f"Not the same {key}: {a.get(key)} and {b.get(key)}.")
+    return cells, verdict
+
+
+START, END = "<!-- results: written by `loopmdm bench --readme` -->", "<!-- end of results -->"
+
+
+def summary(folder: str | Path, wanted: Sequence[str] = ()) -> str:
+    """The README's table from the results files in `folder`: ratios for CPUs, times for GPUs with the machine named.
+
+    Args:
+        wanted: patterns (regular expressions) of groups to show, in this order; none is all.
+    """
+    files = [load(path) for path in sorted(Path(folder).glob("bench-*.json"))]
+    lines = []
+    for results in files:
+        gpu = "NVIDIA" in str(results["device"])
+        chosen = _chosen(results["rows"], wanted)
+        if not chosen:
+            continue
+        what = "median time, times faster" if gpu else "times faster (95% interval)"
+        lines += [
+            f"{results['device']}, {results['threads']} threads, torch {results['versions']['torch']}, "
+            f"revision {results['revision']}, {results['date']}:",
+            "",
+            f"| measured | arm | {what} | tokens/s |",
+            "|---|---|---|---|",
+        ]
+        for row in chosen:
+            shown = f"{seconds(row['seconds'])}, {ratio(row)}" if gpu else ratio(row)
+            rate = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
+            lines.append(f"| {row['group']} | {row['arm']} | {shown} | {rate} |")
+        lines.append("")
+    if not any("NVIDIA" in str(results["device"]) for results in files):
+        lines.append("Not measured: anything on a GPU.")
+    return "\n".join(lines).strip()
+
+
+def _chosen(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
+    rows = [row for row in rows if "ratio" in row]
+    if not wanted:
+        return rows
+    return [row for pattern in wanted for row in rows if re.search(pattern, f"{row['group']} | {row['arm']}")]
+
+
+def rewritten(text: str, table: str) -> str:
+    """A text with what lies between the two marks replaced."""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise InputError(f"the README has no {START} ... {END}")
+    return f"{before}{START}\n\n{table}\n\n{END}{after}"

@@ -1,0 +1,35 @@
+"""csrc/head_cpu.cpp under AddressSanitizer and UndefinedBehaviorSanitizer, and its threads under ThreadSanitizer."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+CXX = shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(CXX is None or sys.platform != "linux", reason="needs g++ or clang++ on Linux")
+
+
+def run(folder, name, *flags):
+    built = folder / name
+    sources = [str(HERE / "head_driver.cpp"), str(CSRC / "head_cpu.cpp")]
+    options = ["-std=c++17", "-g", "-pthread", "-Wall", "-Werror", "-ffp-contract=off", *flags, f"-I{CSRC}"]
+    done = subprocess.run([CXX, *options, *sources, "-o", str(built)], capture_output=True, text=True)
+    if "cannot find -l" in done.stderr:
+        pytest.skip(f"the compiler has no runtime for {name}")
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([str(built)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-4000:]
+    return done.stdout.strip()
+
+
+def test_nothing_is_read_or_written_outside_and_nothing_undefined(tmp_path):
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS")
+    assert len(run(tmp_path, "asan", "-O1", *flags)) == 16
+
+
+def test_threads_do_not_race(tmp_path):
+    run(tmp_path, "tsan", "-O1", "-fsanitize=thread")

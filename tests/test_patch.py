@@ -1,0 +1,346 @@
+"""patch in place: what stays, what training sees, what is refused, and models of any codebase as a Denoiser."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import loopmdm
+from loopmdm.adapters import as_denoiser, families
+from loopmdm.adapters.patching import recognise
+from loopmdm.errors import InputError
+from loopmdm.model.denoiser import Denoiser
+
+from . import peer_layers as peers
+
+NAMES = list(peers.FAMILIES)
+
+
+def some_ids(batch=4, length=8, seed=1):
+    return torch.randint(0, peers.VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss(model, ids, **kwargs):
+    out = peers.logits(model, ids) if not kwargs else model(ids, **kwargs)
+    return F.cross_entropy(out.flatten(0, 1), ids.flatten() % out.shape[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stays(name):
+    """The same modules, Parameter objects and keys; hooks run; state dicts go both ways; unpatch restores bits."""
+    model, ids = peers.drawn(name), some_ids()
+    plain, before = copy.deepcopy(model), peers.logits(model, ids).detach()
+    modules, parameters, keys = list(model.modules()), list(model.parameters()), list(model.state_dict())
+    assert loopmdm.patch(model) is model
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert list(model.state_dict()) == keys
+    layer = next(m for m in model.modules() if recognise(m))
+    assert "forward" in layer.__dict__ and "forward" not in plain.get_submodule("").__dict__
+    called = []
+    layer.register_forward_hook(lambda *a: called.append(1))
+    peers.logits(model, ids)
+    assert called == [1]
+    other = peers.drawn(name, seed=7)
+    model.load_state_dict(other.state_dict())
+    assert (peers.logits(model, ids) - peers.logits(other, ids)).abs().max() < 1e-5
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(peers.logits(plain, ids), peers.logits(other, ids))
+    model.load_state_dict(peers.drawn(name).state_dict())
+    assert loopmdm.unpatch(model) is model and "forward" not in layer.__dict__
+    assert torch.equal(peers.logits(model, ids), before)
+
+
+def test_copies_and_pickles():
+    """A deep copy is patched and independent; a pickle comes back with its own forward, says so, and can be patched."""
+    model = loopmdm.patch(peers.drawn("llada"))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.transformer["blocks"][0].q_proj.weight.zero_()
+    ids = some_ids()
+    assert torch.equal(peers.logits(model, ids), peers.logits(loopmdm.patch(peers.drawn("llada")), ids))
+    assert not torch.equal(peers.logits(model, ids), peers.logits(twin, ids))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(peers.logits(again, ids), peers.logits(peers.drawn("llada"), ids))
+    assert "not patched" in loopmdm.report(again)
+    assert torch.equal(peers.logits(loopmdm.patch(again), ids), peers.logits(model, ids))
+    block = again.model.transformer["blocks"][0]
+    assert block.forward.__self__ is block and block.forward.__func__ is families()["llada"].forward
+
+
+def test_optimizer_state_survives():
+    """Two steps, patch, two more: as four without patching."""
+    runs = []
+    for patched in (False, True):
+        model = peers.drawn("dream")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(4):
+            if patched and step == 2:
+                moments = [id(state["exp_avg"]) for state in optimizer.state.values()]
+                loopmdm.patch(model)
+                assert moments == [id(state["exp_avg"]) for state in optimizer.state.values()]
+            optimizer.zero_grad()
+            loss(model, some_ids(seed=step)).backward()
+            optimizer.step()
+        runs.append(model)
+    for a, b in zip(*(run.parameters() for run in runs), strict=True):
+        assert (a - b).abs().max() < 1e-4
+    start = next(peers.drawn("dream").parameters())
+    assert (next(runs[1].parameters()) - start).abs().max() > 1e-2
+
+
+def train(rank, folder):
+    """Two steps of the plain and of the patched model as process `rank` of two, each on its own data."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    for name in ("plain", "patched"):
+        model = peers.drawn("mdlm")
+        if name == "patched":
+            loopmdm.patch(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        for step in range(2):
+            optimizer.zero_grad()
+            loss(wrapped, some_ids(seed=10 * step + rank), sigma=torch.tensor([0.1, 0.5, 1.0, 2.0])).backward()
+            optimizer.step()
+        if rank == 0:
+            torch.save(model.state_dict(), f"{folder}/{name}.pt")
+    dist.destroy_process_group()
+
+
+def test_ddp_step_on_two_processes(tmp_path):
+    code = "import sys; from tests.test_patch import train; train(int(sys.argv[1]), sys.argv[2])"
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
+    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root) for rank in range(2)]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    states = [torch.load(tmp_path / f"{name}.pt") for name in ("plain", "patched")]
+    start = peers.drawn("mdlm").state_dict()
+    moved = 0.0
+    for key, want in states[0].items():
+        assert (states[1][key] - want).abs().max() < 1e-5, key
+        moved = max(moved, float((want - start[key]).abs().max()))
+    assert moved > 1e-2
+
+
+def test_autocast_keeps_the_residual_stream_in_fp32():
+    model = loopmdm.patch(peers.drawn("mdlm"))
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+        block.attn_qkv.register_forward_hook(lambda m, a, out: seen.append((a[0].dtype, out.dtype)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(some_ids(), torch.zeros(4))
+    assert seen == [(torch.bfloat16, torch.bfloat16), torch.float32] * peers.LAYERS
+
+
+@pytest.mark.parametrize("name", ["mdlm", "dream"])
+def test_torch_compile(name):
+    """Traced without a graph break, forward and backward (the `aot_eager` backend needs no compiler)."""
+    layers = {"n_blocks": 1} if name == "mdlm" else {"num_hidden_layers": 1}
+    model, ids = loopmdm.patch(peers.drawn(name, **layers)), some_ids()
+    want = loss(model, ids)
+    want.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got = loss(compiled, ids, sigma=torch.zeros(4)) if name == "mdlm" else loss(compiled, ids, use_cache=False)
+    got.backward()
+    assert abs(got - want) < 1e-5
+    for a, p in zip(gradients, model.parameters(), strict=True):
+        assert (a - p.grad).abs().max() < 1e-5
+
+
+def test_projections_are_called_as_modules():
+    """So LoRA, put on before or after, is in force."""
+
+    class Lora(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer, self.lora_A = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+        @property
+        def weight(self):
+            return self.base_layer.weight
+
+        def forward(self, x):
+            return self.base_layer(x) + self.lora_A(x)
+
+    for first in (True, False):
+        torch.manual_seed(0)
+        model = peers.drawn("llada")
+        if not first:
+            loopmdm.patch(model)
+        for block in model.model.transformer["blocks"]:
+            block.q_proj = Lora(block.q_proj)
+        plain = loopmdm.unpatch(copy.deepcopy(model))
+        model = loopmdm.patch(model)
+        assert (peers.logits(plain, some_ids()) - peers.logits(model, some_ids())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda m: m.blocks[3].mlp.insert(2, nn.ReLU()), "other parameters than the rest"),
+        (
+            lambda m: setattr(m.blocks[2].mlp[1], "approximate", "none") or setattr(m.blocks[2], "n_heads", 5),
+            "do not divide",
+        ),
+        (lambda m: m.blocks[1].mlp.__setitem__(1, nn.ReLU()), "its activation is ReLU"),
+        (lambda m: setattr(m.blocks[0], "forward", lambda *a: None), "forward put in place"),
+    ],
+)
+def test_nothing_is_changed_on_failure(spoil, said):
+    model = peers.drawn("mdlm")
+    spoil(model)
+    before = [dict(module.__dict__) for module in model.modules()]
+    with pytest.raises(InputError, match=said):
+        loopmdm.patch(model)
+    assert [dict(module.__dict__) for module in model.modules()] == before
+
+
+def test_an_unknown_model_is_named():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2) for _ in range(2))
+
+    for call in (loopmdm.patch, lambda m: loopmdm.loopify(m, 0, 1)):
+        with pytest.raises(
+            InputError, match=r"Odd .*seen: TransformerEncoderLayer.*docs/adapters.md.*nothing was"
+        ) as error:
+            call(Odd())
+        assert "\n" not in str(error.value)
+    assert "TransformerEncoderLayer" in loopmdm.report(Odd())
+
+
+def test_report():
+    model = peers.drawn("llada")
+    assert "4 LLaDALlamaBlock" in loopmdm.report(model) and "not patched" in loopmdm.report(model)
+    text = loopmdm.report(loopmdm.loopify(loopmdm.patch(model), 1, 2, 3))
+    for part in ("llada: 4", "patched", "rmsnorm eps 1e-05", "4 heads of 8 over 2", "honoured", "layers 1..2, S = 3"):
+        assert part in text
+
+
+def test_live_caches_are_refused():
+    with pytest.raises(InputError, match="use_cache=False"):
+        loopmdm.patch(peers.drawn("llada"))(some_ids(), use_cache=True)
+    with pytest.raises(InputError, match="use_cache=False"):
+        loopmdm.patch(peers.drawn("dream"))(some_ids(), past_key_values=[()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_denoiser(name):
+    """Hidden states and head give the model's logits; losses and samplers take it; rows that need none get no head."""
+    model = loopmdm.patch(peers.drawn(name))
+    denoiser = as_denoiser(model)
+    assert isinstance(denoiser, Denoiser) and denoiser.mask_id == peers.VOCAB - 1
+    assert denoiser.logit_shift == (name in ("dream", "qwen3"))
+    assert denoiser.vocab_size == peers.VOCAB
+    ids = some_ids()
+    assert torch.equal(F.linear(denoiser.hidden(ids), *denoiser.head()), peers.logits(model, ids, sigma=torch.zeros(1)))
+    data = some_ids(4, 12) % (peers.VOCAB - 1)
+    loopmdm.nelbo(denoiser, data, seed=3).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    out = loopmdm.generate(denoiser, max_new_tokens=12, steps=6, policy="ancestral", seed=0)
+    assert out.tokens.shape == (1, 12) and out.head_rows == 12 and (out.tokens < peers.VOCAB - 1).all()
+    assert out.flops > 0
+
+
+def test_tied_head():
+    """LLaDA with weight_tying has no head module: the last norm's output and the embedding are the head."""
+    model = loopmdm.patch(peers.drawn("llada", weight_tying=True))
+    denoiser, ids = as_denoiser(model), some_ids()
+    assert (F.linear(denoiser.hidden(ids), *denoiser.head()) - peers.logits(model, ids)).abs().max() < 1e-6
+
+
+def test_time_conditioning():
+    model = loopmdm.patch(peers.drawn("mdlm"))
+    model.config.time_conditioning = True
+    denoiser, ids, sigma = as_denoiser(model), some_ids(), torch.tensor([0.1, 0.5, 1.0, 2.0])
+    got = F.linear(denoiser.hidden(ids, sigma=sigma), *denoiser.head())
+    assert torch.equal(got, peers.logits(model, ids, sigma=sigma))
+    still = as_denoiser(model, time_conditioning=False)
+    assert torch.equal(still.hidden(ids, sigma=sigma), still.hidden(ids))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copy_in_bf16(name):
+    """Projections in bf16, the residual stream not; every generate reads the present weights; the model keeps its."""
+    model = loopmdm.patch(peers.drawn(name))
+    keys, ids = {k: v.dtype for k, v in model.state_dict().items()}, some_ids()
+    narrow = as_denoiser(model, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = as_denoiser(model).hidden(ids)
+        assert narrow.hidden(ids).dtype == torch.bfloat16
+        assert (narrow.hidden(ids) - exact).norm() < 0.02 * exact.norm()
+        for p in model.parameters():
+            p.mul_(0.5)
+        stale, fresh = narrow.hidden(ids), as_denoiser(model, dtype=torch.bfloat16).hidden(ids)
+        assert not torch.equal(stale, fresh)
+        loopmdm.generate(narrow, max_new_tokens=2, steps=1, policy="ancestral")
+        assert torch.equal(narrow.hidden(ids), fresh)
+    assert {k: v.dtype for k, v in model.state_dict().items()} == keys
+    with pytest.raises(InputError, match="patch"):
+        as_denoiser(peers.drawn(name), dtype=torch.bfloat16)
+
+
+def test_folded_modulation_is_never_stale():
+    """Constants are folded in each call, so weights that change under torch's nose are seen."""
+    model, ids = loopmdm.patch(peers.drawn("mdlm")), some_ids()
+    denoiser = as_denoiser(model)
+    with torch.no_grad():
+        denoiser.hidden(ids)
+        for tensor in model.state_dict().values():
+            tensor.data.mul_(0.7)
+        assert torch.equal(denoiser.hidden(ids), as_denoiser(loopmdm.patch(copy.deepcopy(model))).hidden(ids))
+        plain = loopmdm.unpatch(copy.deepcopy(model))
+        assert (peers.logits(plain, ids) - peers.logits(model, ids)).abs().max() < 1e-5
+
+
+def test_a_model_of_no_family():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(9, 6), nn.Linear(6, 9)
+
+        def forward(self, ids):
+            return self.out(self.embed(ids).cumsum(1))
+
+    model, ids = Bag(), some_ids() % 9
+    denoiser = as_denoiser(model, head="out", mask_id=8)
+    assert torch.equal(F.linear(denoiser.hidden(ids), *denoiser.head()), model(ids))
+    assert loopmdm.generate(denoiser, max_new_tokens=4, steps=2).tokens.shape == (1, 4)
+    with pytest.raises(InputError, match="head="):
+        as_denoiser(Bag(), mask_id=8)
+    with pytest.raises(InputError, match="mask_id="):
+        as_denoiser(Bag(), head="out")
+    with pytest.raises(InputError, match="no padding mask"):
+        denoiser.hidden(ids, torch.arange(8) < torch.tensor([8, 8, 3, 2])[:, None])
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks_add_up(additive):
+    """A key that the model's own mask hides and one that as_denoiser hides are both hidden."""
+    model = loopmdm.patch(peers.drawn("dream"))
+    layer, x = model.model.layers[0], torch.randn(2, 6, 32)
+    rope = (torch.ones(1, 6, 8), torch.zeros(1, 6, 8))
+    theirs, ours = torch.ones(2, 1, 6, 6, dtype=torch.bool), torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    theirs[..., 4], ours[..., 5] = False, False
+    given = (~theirs).float() * torch.finfo(torch.float32).min if additive else theirs
+    layer._loopmdm.shared.mask = ours
+    with torch.no_grad():
+        got = layer(x, attention_mask=given, position_embeddings=rope)[0][:, :4]
+        layer._loopmdm.shared.mask = None
+        want = layer(x[:, :4], position_embeddings=(rope[0][:, :4], rope[1][:, :4]))[0]
+    assert (got - want).abs().max() < 1e-5
