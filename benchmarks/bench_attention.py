@@ -3,14 +3,12 @@
     pytest benchmarks/bench_attention.py --benchmark-only
 
 Arms: "eager", the formula written out in torch (scores in memory), and every impl of the op that runs here. Forward
-only. An arm must agree with torch before it is timed. Inputs are random and, on CUDA, rotate through copies that
-together exceed the L2 cache. extra_info holds the FLOPs of the ranges that queries look at and the rate that the
-median makes of them: an arm that computes what it masks gains nothing by it.
+only. FLOPs are those of the ranges that queries look at: an arm that computes what it masks gains nothing by it.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,8 +20,8 @@ from loopmdm.errors import InputError
 from loopmdm.ops.attention import OP, attention
 from loopmdm.ops.spans import Spans, packed, spans_of
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+from .frame import CUDA, DEVICE, race, rotated, within
+
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 # B, T, H, G, head_dim: the paper's block, llamas, grouped heads; on a CPU the demo's
 GPU_SHAPES = [
@@ -38,7 +36,6 @@ GPU_SHAPES = [
     (4, 4096, 16, 16, 128),
 ]
 SHAPES = GPU_SHAPES if CUDA else [(36, 64, 4, 4, 16), (2, 256, 12, 12, 64)]
-L2 = 128 << 20  # bytes, above any GPU's today
 
 
 @pytest.fixture(autouse=True)
@@ -77,39 +74,35 @@ def layout(name: str, batch: int, tokens: int) -> Spans | None:
 def test_attention(
     benchmark: Any, batch: int, tokens: int, heads: int, groups: int, head_dim: int, spans: str, name: str
 ) -> None:
-    benchmark.group = f"attention {spans} {batch}x{tokens} {heads}/{groups} heads of {head_dim}"
+    benchmark.group = f"attention, {spans}: {batch} x {tokens}, {heads}/{groups} heads of {head_dim}"
+    benchmark.name = name
     ranges = layout(spans, batch, tokens)
-    if name not in ("eager", "torch"):
-        reason = OP.unavailable(name, DEVICE)
-        if reason is not None:
-            pytest.skip(reason)
     rng = torch.Generator().manual_seed(0)
     shape = (batch, tokens, heads + 2 * groups, head_dim)
-    size = shape[0] * shape[1] * shape[2] * shape[3] * DTYPE.itemsize
-    problems = [torch.randn(shape, generator=rng).to(DEVICE, DTYPE) for _ in range(max(2, L2 // size) if CUDA else 2)]
+    seen = batch * tokens**2 if ranges is None else int((ranges.last - ranges.first).sum())
+
+    def reference(qkv: Tensor) -> Tensor:
+        return eager(qkv, heads, groups, ranges)
 
     def run(qkv: Tensor) -> Tensor:
-        if name == "eager":
-            return eager(qkv, heads, groups, ranges)
         return attention(qkv, heads, groups, ranges, impl=name)
 
-    turn = itertools.cycle(problems[:32])
     with torch.no_grad():
-        try:
-            got = run(problems[0])
-        except InputError as refusal:
-            pytest.skip(str(refusal))
-        want = attention(problems[0], heads, groups, ranges, impl="torch").double()
-        assert (got.double() - want).abs().max() <= (3e-2 if CUDA else 1e-4) * want.abs().max(), "arms disagree"
-
-        def once() -> None:
-            run(next(turn))
-            if CUDA:
-                torch.cuda.synchronize()
-
-        once()
-        benchmark.pedantic(once, rounds=100 if CUDA else 20, warmup_rounds=10 if CUDA else 2)
-    seen = batch * tokens**2 if ranges is None else int((ranges.last - ranges.first).sum())
-    benchmark.extra_info["flops"] = 4 * heads * head_dim * seen
-    if benchmark.stats:
-        benchmark.extra_info["TFLOP/s"] = round(4 * heads * head_dim * seen / benchmark.stats["median"] / 1e12, 3)
+        problems = rotated(
+            lambda _: torch.randn(shape, generator=rng).to(DEVICE, DTYPE), math.prod(shape) * DTYPE.itemsize
+        )
+        if name != "eager":
+            try:
+                run(problems[0])
+            except InputError as refusal:
+                pytest.skip(str(refusal))
+        race(
+            benchmark,
+            reference if name == "eager" else run,
+            None if name == "eager" else reference,
+            problems,
+            within(3e-2 if CUDA else 1e-4),
+            dtype=DTYPE,
+            tokens=batch * tokens,
+            flops=4.0 * heads * head_dim * seen,
+        )

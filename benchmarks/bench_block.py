@@ -4,7 +4,8 @@
 
 Arms: "reference" (`reference.py`), "compile" (torch.compile of it, max-autotune with CUDA graphs on CUDA; the whole
 pass and layer by layer are both compiled and the faster one counts), "loopmdm" (the model as it is called), "fused"
-(`model.fused()`; Triton on CUDA, attention as its table has it), "graph" (the same captured once, CUDA only).
+(`model.fused()`; Triton on CUDA, attention as its table has it), "graph" (the same captured once, CUDA only) and
+"graph-cublas" (that with cuBLAS for the products).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .frame import CUDA, DEVICE, Run, race, synchronised
 from .reference import Reference
 from .sizes import block_config, drawn
 
-ARMS = ("reference", "compile", "loopmdm", "fused", "graph")
+ARMS = ("reference", "compile", "loopmdm", "fused", "graph", "graph-cublas")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 ROWS = (
     {"small": (1, 128), "medium": (4, 1024), "large": (64, 1024)} if CUDA else {"small": (1, 128), "medium": (2, 256)}
@@ -66,7 +67,8 @@ def arm(name: str, model: LoopMDM, plain: Reference, loops: int, example: Tensor
         return lambda ids: model.hidden(ids, num_loops=loops)
     if name == "compile":
         return fastest([make(copy.deepcopy(plain), loops, example) for make in (whole, by_layer)], example)
-    plan = model.fused(**({"impl": "triton", "attention_impl": "auto"} if CUDA else {}))
+    impl = "cublas" if name == "graph-cublas" else "triton"
+    plan = model.fused(**({"impl": impl, "attention_impl": "auto"} if CUDA else {}))
     run = functools.partial(plan.hidden, num_loops=loops)
     return run if name == "fused" else captured(run, example)
 
@@ -128,7 +130,7 @@ def models(size: str, loops: int) -> tuple[LoopMDM, Reference]:
 
 def case(name: str) -> Any:
     """The parameters of one arm: every point of POINTS, for compilations those of COMPILED."""
-    marks = [NEEDS_CUDA] if name == "graph" else []
+    marks = [NEEDS_CUDA] if name.startswith("graph") else []
     return [pytest.param(name, *point, marks=marks) for point in (COMPILED if name == "compile" else POINTS)]
 
 

@@ -4,9 +4,10 @@
     LOOPMDM_RESULTS=benchmarks/results pytest -s benchmarks/bench_head_stats.py -k interleaved
 
 One sequence of 256 positions of which half are masked, d 512, V 50258. The peer's head is fp32 whatever ours is. The
-second command alternates the arms, with one thread and with all, prints the median of the ratios round by round and
-each arm's peak memory (of a process of its own, beyond what it held before), and writes the file that the op's table
-refers to. On a busy machine believe the one-thread row, where nothing waits for a thread that is not scheduled.
+second command alternates the arms, with one thread (processor time) and with all (wall time), prints the median of the
+ratios round by round and, once, each arm's peak memory (of a process of its own, beyond what it held before), and
+writes the file that the op's table refers to. On a busy machine believe the one-thread rows: processor time does not
+count what others take.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from loopmdm.ops.head_stats import head_stats
 
 LENGTH, DIM, VOCAB = 256, 512, 50258
 MASKED = torch.arange(0, LENGTH, 2)
-ROUNDS = 1 + int(os.environ.get("LOOPMDM_ROUNDS", 8))  # the first is not counted
+ROUNDS = 1 + int(os.environ.get("LOOPMDM_ROUNDS", 5))  # the first is not counted
 Arms = dict[str, Callable[[], Any]]
 
 
@@ -104,7 +105,7 @@ def test_interleaved() -> None:
     try:
         for threads in sorted({1, before}):
             torch.set_num_threads(threads)
-            results += [line(temperature, threads) for temperature in (1.0, 0.0)]
+            results += [line(temperature, threads, peaks=threads == 1) for temperature in (1.0, 0.0)]
     finally:
         torch.set_num_threads(before)
     for row in results:
@@ -118,25 +119,27 @@ def test_interleaved() -> None:
         Path(folder, "cpu-head_stats.json").write_text(f'{head},\n "rows": [\n{text}\n ]}}\n')
 
 
-def line(temperature: float, threads: int, rounds: int = ROUNDS) -> dict[str, Any]:
+def line(temperature: float, threads: int, rounds: int = ROUNDS, peaks: bool = True) -> dict[str, Any]:
+    clock = time.process_time if threads == 1 else time.perf_counter
     found = arms(temperature)
     found.pop("torch")
     taken: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
         for name, run in found.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            taken[name].append((time.perf_counter() - start) * 1e3)
+            taken[name].append((clock() - start) * 1e3)
     taken = {name: times[1:] for name, times in taken.items()}
-    return {
+    row = {
         "shape": [LENGTH, len(MASKED), DIM, VOCAB],
         "temperature": temperature,
         "threads": threads,
+        "clock": clock.__name__,
         "ms": {name: round(statistics.median(times), 1) for name, times in taken.items()},
         "ratio": {n: round(statistics.median(map(_over, taken["llada"], t)), 2) for n, t in taken.items()},
         "fastest_ratio": {n: round(min(taken["llada"]) / min(t), 2) for n, t in taken.items()},
-        "peak_MB": {name: peak(name, temperature, threads) for name in found},
     }
+    return row | {"peak_MB": {name: peak(name, temperature, threads) for name in found}} if peaks else row
 
 
 def _over(a: float, b: float) -> float:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loopmdm.lab.evidence import processor
 from loopmdm.ops.linear_cross_entropy import OP, linear_cross_entropy
 
 from .frame import race
@@ -242,7 +242,7 @@ def save(rows: list[dict[str, Any]], accuracy: list[dict[str, Any]]) -> None:
     folder = os.environ.get("LOOPMDM_RESULTS")
     if not folder:
         return
-    machine = torch.cuda.get_device_name() if CUDA else _cpu()
+    machine = torch.cuda.get_device_name() if CUDA else processor()
     head = {
         "op": "linear_cross_entropy",
         "machine": machine,
@@ -258,9 +258,3 @@ def save(rows: list[dict[str, Any]], accuracy: list[dict[str, Any]]) -> None:
     body = f'{json.dumps(head)[:-1]},\n "rows": [\n{lines[0]}\n ],\n "accuracy": [\n{lines[1]}\n ]}}\n'
     name = f"{'gpu' if CUDA else 'cpu'}-linear_cross_entropy.json"
     Path(folder, name).write_text(body)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()

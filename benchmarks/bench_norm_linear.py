@@ -3,12 +3,11 @@
     pytest benchmarks/bench_norm_linear.py --benchmark-only
 
 Arms: "eager", one kernel an operation as layers are written; "torch", the op's reference; "triton" and "cublas" (CUDA
-only). Arms must agree before one is timed; inputs rotate through copies that exceed the L2 cache.
+only).
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -19,13 +18,13 @@ from torch import Tensor
 from loopmdm.ops.linear_residual import square_sums
 from loopmdm.ops.norm_linear import Heads, norm_linear
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+from .frame import CUDA, DEVICE, race, rotated, within
+
 OPERAND = torch.bfloat16 if CUDA else torch.float32
 SIZES = [(256, 512), (4096, 768), (65536, 768), (4096, 1024)] if CUDA else [(256, 512)]
 NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+ARMS = ["eager", "torch", *(pytest.param(impl, marks=NEEDS_CUDA) for impl in ("triton", "cublas"))]
 HEAD = 64
-L2 = 128 << 20
 
 
 def eager(stream: Tensor, weight: Tensor, heads: Heads | None) -> Tensor:
@@ -40,44 +39,41 @@ def eager(stream: Tensor, weight: Tensor, heads: Heads | None) -> Tensor:
     return torch.cat((turned.to(OPERAND), v), dim=-1)
 
 
-@pytest.mark.parametrize(
-    "name", ["eager", "torch", *(pytest.param(impl, marks=NEEDS_CUDA) for impl in ("triton", "cublas"))]
-)
+@pytest.mark.parametrize("name", ARMS)
 @pytest.mark.parametrize("what", ["qkv", "up"])
 @pytest.mark.parametrize("rows, dim", SIZES)
 def test_norm_linear(benchmark: Any, rows: int, dim: int, what: str, name: str) -> None:
-    benchmark.group = f"norm_linear {what} {rows}x{dim}"
+    benchmark.group = f"norm_linear, {what}: {rows} rows, d {dim}"
+    benchmark.name = name
     rng = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng).to(DEVICE)
 
+    def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        stream = 2 * draw(rows, dim) + 1
+        return stream, stream.to(OPERAND), square_sums(stream)
+
     width = 3 * dim if what == "qkv" else 2 * round(dim * 8 / 3 / 64) * 64
     angle = 7 * draw(rows, HEAD // 2)
     heads = Heads(dim // HEAD, dim // HEAD, HEAD, angle.cos(), angle.sin()) if what == "qkv" else None
     weight = (draw(width, dim) / dim**0.5).to(OPERAND)
-    copies = min(16, max(2, L2 // (rows * dim * 6))) if CUDA else 2
-    streams = [2 * draw(rows, dim) + 1 for _ in range(copies)]
-    problems = [(s, s.to(OPERAND), square_sums(s)) for s in streams]
+    act = "none" if heads else "swiglu"
 
-    def run(stream: Tensor, copy: Tensor, squares: Tensor) -> Tensor:
-        if name == "eager":
-            return eager(stream, weight, heads)
-        return norm_linear(copy, squares, weight, act="none" if heads else "swiglu", heads=heads, impl=name)
+    def run(given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return norm_linear(*given[1:], weight, act=act, heads=heads, impl=name)
+
+    def reference(given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return eager(given[0], weight, heads)
 
     with torch.no_grad():
-        got, want = run(*problems[0]).double(), eager(streams[0], weight, heads).double()
-        assert (got - want).abs().max() <= 3e-2 * want.abs().max(), "arms disagree"
-    turn = itertools.cycle(problems)
-
-    def once() -> None:
-        with torch.no_grad():
-            run(*next(turn))
-        if CUDA:
-            torch.cuda.synchronize()
-
-    once()
-    benchmark.pedantic(once, rounds=100 if CUDA else 20, warmup_rounds=10 if CUDA else 2)
-    benchmark.extra_info["flops"] = 2 * rows * dim * width
-    if benchmark.stats:
-        benchmark.extra_info["TFLOP/s"] = round(2 * rows * dim * width / benchmark.stats["median"] / 1e12, 3)
+        race(
+            benchmark,
+            reference if name == "eager" else run,
+            None if name == "eager" else reference,
+            rotated(problem, rows * dim * 6),
+            within(3e-2 if CUDA else 1e-5),
+            dtype=OPERAND,
+            tokens=rows,
+            flops=2.0 * rows * dim * width,
+        )

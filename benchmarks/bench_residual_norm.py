@@ -2,15 +2,12 @@
 
     pytest benchmarks/bench_residual_norm.py --benchmark-only
 
-Arms: "eager", the formula written out in torch, one kernel an operation; "torch", the op's reference;
-"triton", the fused kernel (CUDA only). All arms must agree before one is timed. Inputs are random and, on CUDA,
-rotate through copies that together exceed the L2 cache. extra_info holds the bytes that the fused
-operation must move and the rate that the median makes of them.
+Arms: "eager", the formula written out in torch, one kernel an operation; "torch", the op's reference; "triton", the
+fused kernel (CUDA only). `bytes` is what the fused operation must move.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,10 +17,9 @@ from torch import Tensor
 
 from loopmdm.ops.residual_norm import residual_norm
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+from .frame import CUDA, DEVICE, Run, race, rotated, within
+
 SHAPES = [(256, 512), (4096, 768), (65536, 768), (4096, 4096)] if CUDA else [(36 * 64, 64), (256, 768)]
-L2 = 128 << 20  # bytes, above any GPU's today
 # normed is what the next GEMM reads: bf16 on a GPU, and fp32 on a CPU, where the model trains in fp32
 OUT = torch.bfloat16 if CUDA else torch.float32
 NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="impl=triton needs a CUDA device")
@@ -63,8 +59,23 @@ def problem(rows: int, dim: int, kind: str, seed: int) -> list[Tensor | None]:
     return [None if t is None else t.requires_grad_() for t in inputs]
 
 
-def backward(outputs: tuple[Tensor, Tensor], inputs: list[Tensor | None], grads: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(outputs, [t for t in inputs if t is not None], grads)
+def forward(run: Callable[..., tuple[Tensor, Tensor]]) -> Run:
+    def once(inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return run(*inputs)
+
+    return once
+
+
+def training(run: Callable[..., tuple[Tensor, Tensor]], grads: list[Tensor]) -> Run:
+    """Outputs and gradients."""
+
+    def once(inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
+        outputs = run(*inputs)
+        found = torch.autograd.grad(outputs, [t for t in inputs if t is not None], grads)
+        return *(t.detach() for t in outputs), *found
+
+    return once
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -72,37 +83,23 @@ def backward(outputs: tuple[Tensor, Tensor], inputs: list[Tensor | None], grads:
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 @pytest.mark.parametrize("rows, dim", SHAPES)
 def test_residual_norm(benchmark: Any, rows: int, dim: int, kind: str, step: str, name: str) -> None:
-    benchmark.group = f"residual_norm {kind} {step} {rows}x{dim}"
-    run = arm(name, kind)
-    problems = [problem(rows, dim, kind, seed) for seed in range(max(2, L2 // (rows * dim * 10)) if CUDA else 2)]
-    problems = problems[:32]
+    benchmark.group = f"residual_norm, {kind}, {step}: {rows} rows, d {dim}"
+    benchmark.name = name
     grads = [torch.randn(rows, dim, device=DEVICE), torch.randn(rows, dim, device=DEVICE).to(OUT)]
-
-    got, want = run(*problems[0]), arm("eager", kind)(*problems[0])
-    pairs = [*zip(got, want, strict=True)]
-    pairs += [*zip(backward(got, problems[0], grads), backward(want, problems[0], grads), strict=True)]
-    for a, b in pairs:
-        close = 1e-2 if CUDA else 1e-4
-        assert (a.double() - b.double()).abs().max() <= close * b.double().abs().max(), "arms disagree; nothing to time"
-
-    turn = itertools.cycle(problems)
-
-    def once() -> None:
-        inputs = next(turn)
-        if step == "forward":
-            with torch.no_grad():
-                run(*inputs)
-        else:
-            backward(run(*inputs), inputs, grads)
-        if CUDA:
-            torch.cuda.synchronize()
-
-    once()
-    benchmark.pedantic(once, rounds=100 if CUDA else 20, warmup_rounds=10 if CUDA else 2)
+    run, reference = (
+        forward(a) if step == "forward" else training(a, grads) for a in (arm(name, kind), arm("eager", kind))
+    )
     stream, other = 4, OUT.itemsize
     moved = rows * dim * (2 * stream + 2 * other)
     if step == "training":
         moved += rows * dim * (3 * stream + 2 * other if CUDA else 4 * stream)
-    benchmark.extra_info["bytes"] = moved
-    if benchmark.stats:
-        benchmark.extra_info["GB/s"] = round(moved / benchmark.stats["median"] / 1e9, 2)
+    race(
+        benchmark,
+        run,
+        None if name == "eager" else reference,
+        rotated(lambda seed: problem(rows, dim, kind, seed), rows * dim * 10),
+        within(1e-2 if CUDA else 1e-4),
+        dtype=OUT,
+        tokens=rows,
+        bytes=moved,
+    )

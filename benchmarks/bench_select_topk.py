@@ -10,7 +10,6 @@ more), which flatters C++: believe the one-thread rows and the fastest runs.
 
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loopmdm.lab.evidence import processor
 from loopmdm.ops.select_topk import OP, select_topk
 
 CUDA = torch.cuda.is_available()
@@ -68,7 +68,7 @@ def test_interleaved():
         print(line)
     folder = os.environ.get("LOOPMDM_RESULTS")
     if folder:
-        machine = {"cpu": _cpu(), "cores": os.cpu_count(), "torch": torch.__version__}
+        machine = {"cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__}
         note = "us, medians of interleaved runs; fastest_ratio compares the fastest run of each"
         lines = ",\n".join("  " + json.dumps(line) for line in results)
         head = json.dumps({"op": "select_topk", "machine": machine, "unit": note})[:-1]
@@ -96,9 +96,3 @@ def ratio(rows, cols, threads, seconds=1.0):
         "fastest_ratio": round(min(times["torch"]) / min(times["cpp"]), 2),
         "runs": turn - 4,
     }
-
-
-def _cpu():
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()

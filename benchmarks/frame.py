@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from loopmdm.lab import evidence
+from loopmdm.lab.tune import L2, interval
+from loopmdm.ops.contract import relative
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -94,6 +92,22 @@ def race(
     benchmark.extra_info.update(info)
 
 
+def within(allowed: float) -> Callable[[Any, Any], None]:
+    """An `agree` of `race`: max|a - b| / max|b| of each tensor is at most `allowed`."""
+
+    def agree(got: Any, want: Any) -> None:
+        got, want = (x if isinstance(x, (tuple, list)) else (x,) for x in (got, want))
+        gap = max(relative(a, b) for a, b in zip(got, want, strict=True))
+        assert gap <= allowed, f"the arm is {gap:.1e} off the reference, allowed {allowed:.0e}"
+
+    return agree
+
+
+def rotated(make: Callable[[int], Any], size: int) -> list[Any]:
+    """`make(seed)`'s problems of `size` bytes, so many that on CUDA together they exceed the L2 cache."""
+    return [make(seed) for seed in range(min(16, max(2, L2 // size)) if CUDA else 2)]
+
+
 def synchronised(run: Run) -> Run:
     def timed(x: Any) -> Any:
         out = run(x)
@@ -118,14 +132,6 @@ def peak_bytes(run: Run, x: Any) -> int:
     return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
-def interval(values: Sequence[float], coverage: float = 0.95) -> tuple[float, float]:
-    """Ranks around the median that hold it with at least `coverage`; all of the values where too few are."""
-    ordered, n, cut = sorted(values), len(values), 0
-    while 2 * (cut + 1) < n and 1 - 2 * sum(math.comb(n, i) for i in range(cut + 2)) / 2**n >= coverage:
-        cut += 1
-    return ordered[cut], ordered[n - 1 - cut]
-
-
 @functools.cache
 def peak(dtype: torch.dtype) -> float:
     """FLOP/s of this machine's matrix product in `dtype`, measured: the fastest of ten of 1024 (CUDA: 8192) cubed."""
@@ -144,42 +150,9 @@ def peak(dtype: torch.dtype) -> float:
 @functools.cache
 def environment() -> dict[str, Any]:
     """Versions, device, threads and revision of this run."""
-    name = torch.cuda.get_device_name() if CUDA else _cpu()
-    versions = {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p)) is not None}
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name() if CUDA else evidence.processor(),
         "threads": torch.get_num_threads(),
-        "versions": versions,
-        "revision": _revision(),
+        "versions": evidence.versions(),
+        "revision": evidence.revision() or "unknown",
     }
-
-
-PACKAGES = ("torch", "triton", "loopmdm", "numpy", "liger-kernel", "cut-cross-entropy", "flash-attn")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _revision() -> str:
-    """The commit, with + where files that git knows were changed."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _cpu() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

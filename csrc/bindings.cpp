@@ -62,6 +62,12 @@ PYBIND11_MODULE(_C, m) {
           py::arg("total"), py::arg("dot"), py::arg("tempered"), py::arg("threads"));
     m.def("head_inside_cpu", &loopmdm::head_inside_cpu, unlocked, py::arg("head"), py::arg("group"), py::arg("out"),
           py::arg("per"), py::arg("threads"));
+    m.def("head_rows_cpu", [](const loopmdm::Head& head, float scale, uintptr_t best, uintptr_t total, uintptr_t dot,
+                              uintptr_t tempered, uintptr_t seeds, uintptr_t steps, uintptr_t positions,
+                              uintptr_t judged, uintptr_t token, uintptr_t values, int threads) {
+        loopmdm::head_rows_cpu(head, scale, best, total, dot, tempered, {seeds, steps, positions}, judged, token, values,
+                               threads);
+    }, unlocked);
     m.def("gumbel_cpu", &loopmdm::gumbel_cpu, unlocked, py::arg("seeds"), py::arg("steps"), py::arg("positions"),
           py::arg("first"), py::arg("out"), py::arg("rows"), py::arg("count"), py::arg("stream"), py::arg("threads"));
 #ifdef LOOPMDM_CUDA

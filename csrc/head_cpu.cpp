@@ -1,8 +1,10 @@
 // Groups of 128 logits on the CPU: a product whose tile stays in cache, and their statistics. See head.h.
 //
-// A logit is the same bits whatever tile, thread or batch computes it: lanes over the depth, one order of sums.
+// A logit is the same bits whatever tile, thread or batch computes it: one lane, which sums over the depth in rising order.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -115,20 +117,32 @@ INLINE void tile(const char* x, int64_t stride, const uint32_t* panel, int64_t b
         for (int c = 0; c < C; ++c) memcpy(out + r * out_stride + c * L, &acc[r][c], sizeof(V));
 }
 
-// Bytes of a row of w and from row to row of x. out has room for a multiple of kPanel columns.
+// From row to row x has stride bytes and w `bytes`. out has room for a multiple of kPanel columns. The next panel's weights
+// are fetched meanwhile, a share with every tile.
 #define PRODUCT(name, wide, columns, many, one, R)                                                                    \
     void name(const char* x, int64_t stride, int64_t rows, const char* w, int64_t cols, int64_t bytes, float* out,   \
               int64_t out_stride) {                                                                                   \
         thread_local std::vector<uint32_t> panel;                                                                     \
         panel.resize((bytes + 3) / 4 * kPanel);                                                                       \
+        const int64_t share = kPanel * bytes / ((rows + R - 1) / R * (kPanel / columns)) + 64;                        \
         for (int64_t first = 0; first < cols; first += kPanel) {                                                      \
             pack<wide>(w + first * bytes, std::min(kPanel, cols - first), bytes, panel.data());                       \
+            int64_t fetched = std::min(first + kPanel, cols) * bytes;                                                 \
+            const int64_t end = std::min(first + 2 * kPanel, cols) * bytes;                                           \
             for (int64_t c = 0; c < kPanel; c += columns) {                                                           \
                 float* to = out + first + c;                                                                          \
-                int64_t r = 0;                                                                                        \
-                for (; r + R <= rows; r += R)                                                                         \
-                    many(x + r * stride, stride, panel.data() + c, bytes, to + r * out_stride, out_stride);           \
-                for (; r < rows; ++r) one(x + r * stride, stride, panel.data() + c, bytes, to + r * out_stride, 0);   \
+                for (int64_t r = 0; r < rows;) {                                                                      \
+                    for (const int64_t stop = std::min(end, fetched + share); fetched < stop; fetched += 64)          \
+                        __builtin_prefetch(w + fetched, 0, 2);                                                        \
+                    const char* from = x + r * stride;                                                                \
+                    if (r + R <= rows) {                                                                              \
+                        many(from, stride, panel.data() + c, bytes, to + r * out_stride, out_stride);                 \
+                        r += R;                                                                                       \
+                    } else {                                                                                          \
+                        one(from, stride, panel.data() + c, bytes, to + r * out_stride, 0);                           \
+                        ++r;                                                                                          \
+                    }                                                                                                 \
+                }                                                                                                     \
             }                                                                                                         \
         }                                                                                                             \
     }
@@ -305,18 +319,22 @@ struct Kernels {
     decltype(&gumbels) noise = gumbels;
 };
 
+// LOOPMDM_CPU_LEVEL, for tests: the best that may be taken, 1 plain, 3 AVX2, 4 AVX-512, 5 its bf16 products as well.
 Kernels choose() {
     Kernels k;
+    const char* most = std::getenv("LOOPMDM_CPU_LEVEL");
+    const int level = most ? std::atoi(most) : 5;
 #ifdef LOOPMDM_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (level >= 3 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         k = {product_fp32_v3, product_bf16_v3, groups_v3, gumbels_v3};
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
+    if (level >= 4 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         k = {product_fp32_v4, product_bf16_v4, groups_v4, gumbels_v4};
-        if (__builtin_cpu_supports("avx512bf16")) k.bf16 = product_bf16_dot;
+        if (level >= 5 && __builtin_cpu_supports("avx512bf16")) k.bf16 = product_bf16_dot;
     }
 #endif
+    (void)level;
     return k;
 }
 const Kernels kernels = choose();
@@ -366,6 +384,18 @@ void logits_of(const Head& h, int64_t row, int64_t rows, int64_t first, int64_t 
         for (int64_t r = 0; r < rows; ++r) out[r * out_stride + *id - first] = kLowest;
 }
 
+// The 128 logits of a row's group, -inf beyond the vocabulary.
+void inside(const Head& h, int64_t row, int64_t group, float* to) {
+    const int64_t first = group * kSpan, cols = std::min(kSpan, h.vocab - first);
+    logits_of(h, row, 1, first, cols, to, kSpan);
+    for (int64_t c = 0; c < kSpan; ++c) {
+        float x = c < cols ? to[c] : kLowest;
+        if (h.bias && c < cols) x += as<const float>(h.bias)[first + c];
+        x = x > kLargest ? kLargest : x;
+        to[c] = x == x ? x : kLowest;
+    }
+}
+
 constexpr int64_t kOperationsPerThread = 1 << 20;  // starting a thread costs about as much
 
 int64_t worth(int64_t operations, int threads) {
@@ -397,15 +427,61 @@ void head_groups_cpu(const Head& h, float scale, uintptr_t best, uintptr_t total
 void head_inside_cpu(const Head& h, uintptr_t group, uintptr_t out, int64_t per, int threads) {
     const int64_t workers = worth(h.rows * per * kSpan * (h.weight ? h.dim : 16), threads);
     parallel(h.rows * per, workers, [&](int64_t i) {
-        const int64_t first = as<const int64_t>(group)[i] * kSpan, cols = std::min(kSpan, h.vocab - first);
-        float* to = as<float>(out) + i * kSpan;
-        logits_of(h, i / per, 1, first, cols, to, kSpan);
-        for (int64_t c = 0; c < kSpan; ++c) {
-            float x = c < cols ? to[c] : kLowest;
-            if (h.bias && c < cols) x += as<const float>(h.bias)[first + c];
-            x = x > kLargest ? kLargest : x;
-            to[c] = x == x ? x : kLowest;
+        inside(h, i / per, as<const int64_t>(group)[i], as<float>(out) + i * kSpan);
+    });
+}
+
+void head_rows_cpu(const Head& h, float scale, uintptr_t best_, uintptr_t total_, uintptr_t dot_, uintptr_t tempered_,
+                   const Noise& noise, uintptr_t judged, uintptr_t token_, uintptr_t values_, int threads) {
+    const int64_t groups = (h.vocab + kSpan - 1) / kSpan;
+    const int64_t workers = worth(h.rows * (groups * 64 + 2 * kSpan * (h.weight ? h.dim : 16)), threads);
+    parallel(h.rows, workers, [&](int64_t row) {
+        const auto *best = as<const float>(best_) + row * groups, *dot = as<const float>(dot_) + row * groups;
+        const auto *total = as<const uint32_t>(total_) + row * groups,
+                   *tempered = as<const uint32_t>(tempered_) + row * groups;
+        const int64_t likeliest = std::max_element(best, best + groups) - best;
+        const float top = best[likeliest];
+        const bool alive = top > kLowest;
+        double z = 0, weighted = 0;
+        float second = kLowest;
+        for (int64_t g = 0; g < groups; ++g) {
+            if (best[g] == kLowest) continue;
+            if (g != likeliest) second = std::max(second, best[g]);
+            const double share = std::max(best[g] - top, -87.0f), mass = exp24(best[g] - top);
+            z += mass * total[g], weighted += mass * (share * total[g] + dot[g]);
         }
+        float x[kSpan];
+        inside(h, row, likeliest, x);
+        int64_t chosen = std::max_element(x, x + kSpan) - x, group = likeliest;
+        for (int64_t c = 0; c < kSpan; ++c)
+            if (c != chosen) second = std::max(second, x[c]);
+        if (noise.seeds) {
+            thread_local std::vector<float> key;
+            key.resize(std::max(groups, kSpan));
+            const int64_t seed = as<const int64_t>(noise.seeds)[row];
+            const auto step = static_cast<uint32_t>(as<const int64_t>(noise.steps)[row]),
+                       position = static_cast<uint32_t>(as<const int64_t>(noise.positions)[row]);
+            kernels.noise(seed, step, position, 0, groups, kGroupStream, key.data());
+            for (int64_t g = 0; g < groups; ++g) {
+                const float level = (best[g] - top) * scale + log_fp32(static_cast<float>(tempered[g]) * 0x1p-24f);
+                key[g] = best[g] > kLowest ? level + key[g] : kLowest;
+            }
+            group = std::max_element(key.begin(), key.begin() + groups) - key.begin();
+            if (group != likeliest) inside(h, row, group, x);
+            kernels.noise(seed, step, position, static_cast<uint32_t>(group * kSpan), kSpan, kTokenStream, key.data());
+            for (int64_t c = 0; c < kSpan; ++c) key[c] = x[c] > kLowest ? (x[c] - top) * scale + key[c] : kLowest;
+            chosen = std::max_element(key.begin(), key.begin() + kSpan) - key.begin();
+        }
+        int64_t token = alive ? group * kSpan + chosen : -1;
+        if (const int64_t given = judged ? as<const int64_t>(judged)[row] : -1; given >= 0) {
+            token = given;
+            if (given / kSpan != group) inside(h, row, given / kSpan, x);
+        }
+        as<int64_t>(token_)[row] = token;
+        const float values[5] = {token >= 0 ? x[token % kSpan] : kLowest, top, second,
+                                 alive ? static_cast<float>(top + std::log(z * 0x1p-48)) : kLowest,
+                                 alive ? static_cast<float>(top + weighted / z) : 0.0f};
+        for (int64_t i = 0; i < 5; ++i) as<float>(values_)[i * h.rows + row] = values[i];
     });
 }
 

@@ -40,7 +40,7 @@ HEAD_DIMS = (32, 64, 128)
 def default_config(tokens: int, head_dim: int, dtype: str) -> dict[str, int]:
     """Tiles that compile without spills; short sequences have their own, since most of a long tile would idle."""
     if dtype == "float32":
-        return {"block_m": 32, "block_n": 32 if head_dim < 128 else 16, "warps": 8, "stages": 1}
+        return {"block_m": 32, "block_n": 32 if head_dim < 128 else 16, "warps": head_dim // 8, "stages": 1}
     if tokens <= 128:
         return {"block_m": 64, "block_n": 64 if head_dim == 64 else 32, "warps": 4, "stages": 2}
     return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2 if head_dim == 128 else 3}

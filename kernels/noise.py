@@ -114,7 +114,7 @@ def gumbel_rows(
         )
 
 
-GATE_SIZES = ({},)
+GATE_SIZES: tuple[dict[str, int], ...] = ({},)
 
 
 def gate(dtype: str, size: Mapping[str, int], config: Mapping[str, int]) -> Iterable[Compile]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import inspect
+import itertools
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loopmdm.errors import InputError
 from loopmdm.ops import attention as module
-from loopmdm.ops.attention import BACKENDS, FUSED_DTYPES, OP, PACKING, attention
+from loopmdm.ops.attention import BACKENDS, FUSED_DTYPES, FUSED_HEAD_DIMS, OP, PACKING, attention
 from loopmdm.ops.spans import Spans, packed, spans_of
 
 from . import oracle
@@ -468,6 +469,15 @@ def test_unavailable_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     assert module._unavailable("varlen", CPU) == "the varlen_attn of this torch has no scale; a later one has"
     monkeypatch.undo()
     tuned.forget()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("dtype", OP.dtypes, ids=str)
+def test_every_head_dim_has_a_row_of_its_own(dtype: torch.dtype, arch: str) -> None:
+    """The gate compiles a row at its bounds: one that covered narrower heads too would not be proven for them."""
+    for head_dim, tokens in itertools.product(FUSED_HEAD_DIMS, (1, 128, 129, 65536)):
+        row = tuned.best("attention", arch, dtype, {"head_dim": head_dim, "tokens": tokens}, impl="triton")
+        assert row is not None and row.upto["head_dim"] == head_dim
 
 
 def test_examples_that_an_implementation_takes() -> None:

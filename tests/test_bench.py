@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from loopmdm.cli import main
 from loopmdm.errors import InputError
 from loopmdm.lab import bench
-from loopmdm.lab.bench_gpu import total_bytes
+from loopmdm.lab.bench_gpu import PARTS, total_bytes
 
 from .test_reference import load as benchmark_module
 
 frame = benchmark_module("frame")
+ROOT = Path(__file__).parents[1]
 
 
 def row(group="g: a", arm="ours", rounds=7, ratio=2.0, low=1.8, high=2.2, seconds=0.5, **more):
@@ -121,6 +123,11 @@ def test_gpu_without_a_gpu_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "--gpu"]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_the_parts_name_files_that_there_are():
+    files = [word for part in PARTS for word in part.command if word.endswith(".py")]
+    assert len(files) > 10 and [file for file in files if not (ROOT / file).is_file()] == []
 
 
 def test_ncu_table():

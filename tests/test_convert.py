@@ -238,6 +238,60 @@ def test_looped_layers_find_their_place(tmp_path):
         convert.from_loopmdm(tmp_path / "anchored", tmp_path / "x", "llada")
 
 
+def grouped(state):
+    """Layers 2 g + j under the names of LLaDA's groups of two."""
+
+    def name(key):
+        head, blocks, rest = key.partition("blocks.")
+        index, _, rest = rest.partition(".")
+        return f"{head}block_groups.{int(index) // 2}.{int(index) % 2}.{rest}" if blocks else key
+
+    return {name(key): tensor for key, tensor in state.items()}
+
+
+def test_layers_in_groups(tmp_path):
+    """block_group_size > 1: groups of two with a short last one, there and back."""
+    plain = peer_layers.drawn("llada", n_layers=5)
+    state = grouped(plain.state_dict())
+    torch.save(state, tmp_path / "x.pt")
+    settings = {**vars(plain.config), "block_group_size": 2}
+    convert.to_loopmdm(tmp_path / "x.pt", tmp_path / "ours", "llada", config=settings)
+    ids_ = torch.randint(0, peer_layers.VOCAB - 1, (2, 9), generator=torch.Generator().manual_seed(0))
+    ours = loopmdm.LoopMDM.from_pretrained(tmp_path / "ours")(ids_).logits[..., :-1]
+    torch.testing.assert_close(ours, plain(ids_)[..., :-1], atol=1e-5, rtol=0)
+    convert.from_loopmdm(tmp_path / "ours", tmp_path / "back", "llada")
+    equal(load_file(tmp_path / "back" / "model.safetensors"), state)
+    torch.save({**state, "model.transformer.blocks.0.attn_norm.weight": torch.ones(32)}, tmp_path / "y.pt")
+    with pytest.raises(InputError, match="holds a layer twice"):
+        convert.to_loopmdm(tmp_path / "y.pt", tmp_path / "never", "llada", config=settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llada", {"input_emb_norm": True}),
+        ("llada", {"scale_logits": True}),
+        ("llada", {"activation_type": "gelu"}),
+        ("llada", {"layer_norm_type": "gemma_rms"}),
+        ("llada", {"rope": False}),
+        ("dream", {"hidden_act": "gelu"}),
+        ("dream", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        ("dream", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("dream", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0}}),
+        ("dream", {"model_type": "qwen2", "use_sliding_window": True}),
+        ("smdm", {"condense_ratio": 2}),
+        ("smdm", {"rotary_percentage": 0.25}),
+        ("smdm", {"parallel_residual": True}),
+    ],
+)
+def test_settings_that_would_silently_change_the_numbers(tmp_path, name, change):
+    plain = peer_layers.drawn(name)
+    torch.save(plain.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(InputError, match=f"the {name} configuration has "):
+        convert.to_loopmdm(tmp_path / "x.pt", tmp_path / "y", name, config={**vars(plain.config), **change})
+    assert not (tmp_path / "y").exists()
+
+
 def described(config):
     """A peer's configuration as its config.json would have it."""
     return {k: described(v) if isinstance(v, types.SimpleNamespace) else v for k, v in vars(config).items()}
@@ -649,10 +703,10 @@ def storage_pickle(kind="FloatStorage", key="0", count=4, offset=0, shape=(4,), 
         ({"shape": (5,)}, "does not fit its storage of 4 numbers"),
         ({"offset": 1}, "does not fit its storage of 4 numbers"),
         ({"shape": (2,), "stride": (4,)}, "does not fit its storage of 4 numbers"),
-        ({"offset": -1}, "and offset -1"),
-        ({"shape": (-4,)}, "a tensor has shape (-4,)"),
-        ({"shape": ("4",)}, "a tensor has shape ('4',)"),
-        ({"shape": (4, 1)}, "a tensor has shape (4, 1)"),
+        ({"offset": -1}, "not made of natural numbers"),
+        ({"shape": (-4,)}, "not made of natural numbers"),
+        ({"shape": ("4",)}, "not made of natural numbers"),
+        ({"shape": (4, 1)}, "not made of natural numbers"),
         ({"key": "1"}, "lacks archive/data/1"),
         ({"key": "../../etc/passwd"}, "lacks archive/data/../../etc/passwd"),
         ({"kind": "DoubleStorage"}, "has 16 bytes, its tensor needs 32"),
@@ -748,6 +802,33 @@ def test_memory_is_not_the_pickle_s_to_ask_for():
     deep = b"\x80\x02)" + b"0".join([b""]) + b"\x86".join([b"2"] * 60) + b"."  # (t, t) sixty times over
     key = b"\x80\x02}" + deep[2:-1] + b"\x86N" + b"s."
     assert unpickle.unpickle(key, "x") == {}
+
+
+DOUBLED = b")" + b"2\x86" * 60  # a tuple of itself twice, sixty times over: 2**60 places to print
+
+
+def test_small_pickles_cannot_ask_for_much_work():
+    """What a pickle shares a thousand times is neither printed nor copied."""
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\n%sX\3\0\0\0cpuK\4tQ"
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage % b"X\1\0\0\0" + b"0K\0" + DOUBLED + b"K\1\x85tR."
+    for data in (rebuild, storage % DOUBLED + b"."):
+        with pytest.raises(InputError) as error:
+            unpickle.unpickle(b"\x80\2" + data, "x")
+        assert len(str(error.value)) < 200
+    pairs = b"(" + b"K\1N\x86" * 1000 + b"l\x85q\1"
+    for kind in (b"ccollections\nOrderedDict\n", b"ctorch\nSize\n"):
+        copies = unpickle.unpickle(b"\x80\2" + kind + b"q\0" + pairs + b"(" + b"h\0h\1R" * 3 + b"l.", "x")
+        assert all(isinstance(copy, unpickle.Stub) for copy in copies)
+    long = b"\x8b" + struct.pack("<i", 1 << 13) + b"\x7f" * (1 << 13)  # an integer too long to print
+    assert unpickle.unpickle(b"\x80\2}" + long + b"Ns.", "x") == {}
+    assert weights.plain({"a": 1 << 65_000, "b": 3, "c": True}) == {"a": None, "b": 3, "c": True}
+
+
+def test_a_pickle_may_have_so_many_instructions(monkeypatch):
+    monkeypatch.setattr(unpickle, "MAX_STEPS", 10)
+    assert unpickle.unpickle(b"\x80\2" + b"N0" * 3 + b"N.", "x") is None
+    with pytest.raises(InputError, match="more than 10 instructions"):
+        unpickle.unpickle(b"\x80\2" + b"N0" * 20 + b"N.", "x")
 
 
 def test_settings_are_bounded():

@@ -11,7 +11,7 @@ import loopmdm
 from loopmdm.diffusion import likelihood
 from loopmdm.errors import InputError
 from loopmdm.model import fused as module
-from loopmdm.model import fused_layers as layers
+from loopmdm.model import fused_layers
 from loopmdm.model.denoiser import Denoiser
 from loopmdm.model.depth import Depth, RelativeChange
 from loopmdm.model.fused import Fused, why_not
@@ -218,7 +218,7 @@ class Recorder:
     def __init__(self, monkeypatch):
         self.calls, self.compiled = [], []
         for name in ("norm_linear", "attention", "linear_residual", "loop_boundary"):
-            monkeypatch.setattr(layers, name, self.wrap(name, getattr(layers, name)))
+            monkeypatch.setattr(fused_layers, name, self.wrap(name, getattr(fused_layers, name)))
 
     def wrap(self, name, op):
         def call(*args, **kwargs):
@@ -472,14 +472,14 @@ def test_attention_by_name(monkeypatch):
     """Another impl for attention; the ones that pack get packed spans, also after sequences have left."""
     model = live(tiny(), dtype=F64)
     packs, plan = [], model.fused(attention_impl="varlen")
-    original = layers.attention
+    original = fused_layers.attention
 
     def attention(qkv, H, G, spans, impl):
         assert impl == "varlen"
         packs.append((len(qkv), spans.cu_seqlens is not None and int(spans.cu_seqlens[-1]) == qkv.shape[0] * T))
         return original(qkv, H, G, spans, impl="torch")
 
-    monkeypatch.setattr(layers, "attention", attention)
+    monkeypatch.setattr(fused_layers, "attention", attention)
     inputs, S = LAYOUTS["packed, padded"], torch.arange(B) % 3 + 1
     got = plan.hidden(ids(B, T), num_loops=S, **inputs)
     with torch.no_grad():

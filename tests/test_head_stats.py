@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -113,6 +116,33 @@ def test_judging_given_tokens(temperature: float, impl: str) -> None:
     clean = x.nan_to_num(-INF, 3.4028234663852886e38, -INF).index_fill(1, torch.tensor([21]), -INF)
     assert torch.equal(got.logit[judged], clean[judged, given[judged]])
     assert float(got.confidence[2]) == 0 and not any(t.isnan().any() for t in (got.confidence, got.margin, got.entropy))
+
+
+@pytest.mark.skipif(extension() is None, reason="loopmdm._C is not built")
+def test_the_integers_of_a_group_are_the_references() -> None:
+    """All the bits of the sums that decide a draw; a token seldom shows the last of them."""
+    x, scale = torch.randn(9, 500, generator=torch.Generator().manual_seed(5)) * 3, 0.7
+    draw = module.Draw(1 / scale, None, None, None, (), None, None, None, None)
+    got = module.Cpp(x, None, None, draw).groups(slice(0, 9))
+    blocks = torch.nn.functional.pad(x, (0, 12), value=-INF).unflatten(-1, (4, 128))
+    d = blocks - blocks.max(-1, keepdim=True).values
+    assert torch.equal(got.total.long() & 0xFFFFFFFF, module.counts(d).sum(-1))
+    assert got.tempered is not None
+    assert torch.equal(got.tempered.long() & 0xFFFFFFFF, module.counts(d * draw.scale).sum(-1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_judged_numbers_against_float64(impl: str) -> None:
+    """Of tokens that are not the likeliest, over logits of which some are suppressed."""
+    x = torch.randn(9, 400, generator=torch.Generator().manual_seed(4)) * 3
+    given, gone = torch.arange(9) * 43, [7, 300]
+    got = logit_stats(x, tokens=given, suppressed=gone, impl=impl)
+    p = x.double().index_fill(1, torch.tensor(gone), -INF).softmax(-1)
+    best = p.topk(2, dim=-1).values
+    want = {"confidence": p[torch.arange(9), given], "margin": best[:, 0] - best[:, 1]}
+    want["entropy"] = torch.special.entr(p).sum(-1)
+    for name, value in want.items():
+        assert torch.allclose(getattr(got, name).double(), value, rtol=1e-5, atol=1e-6), name
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -264,3 +294,28 @@ def test_examples_agree() -> None:
         assert OP.deviation("cpp", torch.device("cpu"), dtype) <= OP.tolerance[dtype]
     with pytest.raises(InputError, match="not for the CPU"):
         head_stats(torch.zeros(1, 2).half(), torch.zeros(3, 2).half(), impl="cpp")
+
+
+LEVEL = """
+import torch
+from loopmdm.ops.head_stats import OP, head_stats
+from loopmdm.ops.noise import TOKEN, gumbel_rows
+for dtype in (torch.float32, torch.bfloat16):
+    assert OP.deviation("cpp", torch.device("cpu"), dtype) <= OP.tolerance[dtype], dtype
+    for rows, dim, vocab in ((13, 37, 300), (7, 64, 129), (1, 3, 5)):  # whole tiles and rests, an odd depth
+        x, w = (torch.randn(n, dim, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (rows, vocab))
+        got, want = (head_stats(x, w, impl=impl) for impl in ("cpp", "torch"))
+        assert torch.equal(got.token, want.token) and torch.allclose(got.lse, want.lse, rtol=1e-5, atol=1e-5)
+n = torch.arange(64)
+noise = [gumbel_rows(n, n, n, 5 * n, 300, TOKEN, impl=impl) for impl in ("cpp", "torch")]
+assert torch.equal(*noise)
+"""
+
+
+@pytest.mark.skipif(extension() is None, reason="loopmdm._C is not built")
+@pytest.mark.parametrize("level", [1, 3, 4], ids=["plain", "avx2", "avx512"])
+def test_older_processors_compute_the_same(level):
+    """What this processor has no need of: LOOPMDM_CPU_LEVEL is read when the extension is loaded."""
+    environment = os.environ | {"LOOPMDM_CPU_LEVEL": str(level)}
+    done = subprocess.run([sys.executable, "-c", LEVEL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

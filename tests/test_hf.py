@@ -1,5 +1,6 @@
 """LoopMDM in transformers: the registered classes, their files, what loss they return, and a step of the Trainer."""
 
+import copy
 import json
 import math
 import subprocess
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install loopmdm[hf]")
 
 import loopmdm  # noqa: E402
-from loopmdm.adapters import hf  # noqa: E402
+from loopmdm.adapters import as_denoiser, hf  # noqa: E402
 from loopmdm.config import ModelConfig  # noqa: E402
 from loopmdm.errors import InputError  # noqa: E402
 
@@ -211,3 +212,85 @@ def test_a_new_model_starts_as_the_identity():
     fresh = hf.LoopMDMForMaskedLM(hf.LoopMDMConfig.from_model_config(tiny()))
     assert fresh.model.lm_head.weight.abs().max() == 0 and fresh.model.layers[0].mlp.down.weight.abs().max() == 0
     assert math.isclose(fresh.model.embed.weight.std().item(), 0.02, rel_tol=0.2)
+
+
+# --- models of transformers as peers ----------------------------------------------------------------------------------
+
+
+def qwen(kind, attention="sdpa", **changes):
+    """transformers' own Qwen2 or Qwen3, small, every parameter drawn."""
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "use_cache": False}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attn_implementation": attention}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **changes)
+    model, rng = getattr(transformers, f"{kind}ForCausalLM")(config).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.copy_(
+                    torch.rand(p.shape, generator=rng) + 0.5
+                    if "norm" in name
+                    else 0.3 * torch.randn(p.shape, generator=rng)
+                )
+            else:
+                p.normal_(0, 1 if "embed" in name else p.shape[1] ** -0.5, generator=rng)
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_models_of_transformers_as_peers(kind, attention):
+    """Causal as they come, with padding, called as not causal, with a mask of one's own; looped; gradients."""
+    plain, tokens = qwen(kind, attention), torch.randint(0, 39, (3, 10), generator=torch.Generator().manual_seed(1))
+    patched = loopmdm.patch(copy.deepcopy(plain))
+    assert "causal where no mask is given" in loopmdm.report(patched)
+    real = torch.ones(3, 10, dtype=torch.long)
+    real[1, :4] = 0
+    full = {"full_attention": torch.ones(3, 1, 10, 10, dtype=torch.bool)}
+    for options in ({}, {"attention_mask": real}, {"is_causal": False}, {"attention_mask": full}):
+        want, got = plain(tokens, **options).logits, patched(tokens, **options).logits
+        rows = real.bool() if options.get("attention_mask") is real else torch.ones_like(real).bool()
+        torch.testing.assert_close(got[rows], want[rows], atol=1e-5, rtol=0)
+    once = loopmdm.loopify(copy.deepcopy(patched), 1, 2)
+    assert torch.equal(once(tokens).logits, patched(tokens).logits)
+    pair = [loopmdm.loopify(model, 1, 2, num_loops=3).train() for model in (plain, patched)]
+    pair[1].gradient_checkpointing_enable()
+    for model in pair:
+        model(tokens, labels=tokens).loss.backward()
+    for want, got in zip(*(model.parameters() for model in pair), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_padding_of_a_denoiser_leaves_a_causal_model_causal(kind):
+    """The padding mask of `hidden` joins the causal one."""
+    plain = qwen(kind)
+    ours, theirs = (as_denoiser(model, mask_id=39) for model in (loopmdm.patch(copy.deepcopy(plain)), plain))
+    tokens = torch.tensor([[1, 2, 3, 39, 39, 39], [0, 0, 0, 4, 39, 39]])
+    real = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
+    torch.testing.assert_close(ours.hidden(tokens, real), theirs.hidden(tokens, real), atol=1e-5, rtol=0)
+    alone = ours.hidden(tokens[1:, 3:])
+    torch.testing.assert_close(ours.hidden(tokens, real)[1:, 3:], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "said"),
+    [
+        ({}, {"use_cache": True}, "call the model with use_cache=False"),
+        ({}, {"output_attentions": True}, "does not return attention weights"),
+        ({"attention": "flex_attention"}, {}, "attention_mask is a BlockMask"),
+        ({"hidden_act": "gelu"}, {}, "its activation is GELUActivation, not SiLU"),
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {}, "a sliding window of 4"),
+        ({"attention_bias": True}, {}, "no layer of Qwen3ForCausalLM is one that loopmdm knows"),
+    ],
+)
+def test_what_a_patched_model_of_transformers_refuses(changes, options, said):
+    with pytest.raises(InputError, match=said) as error:
+        loopmdm.patch(qwen("Qwen3", **changes))(torch.zeros(1, 4, dtype=torch.long), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cap_behind_the_head_is_not_left_out_silently():
+    model = qwen("Qwen3")
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(InputError, match="final_logit_softcapping"):
+        as_denoiser(model, mask_id=39)

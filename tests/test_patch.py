@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import loopmdm
-from loopmdm.adapters import as_denoiser, families
+from loopmdm.adapters import as_denoiser, families, layer
 from loopmdm.adapters.patching import recognise
 from loopmdm.errors import InputError
 from loopmdm.model.denoiser import Denoiser
@@ -293,6 +293,66 @@ def test_copy_in_bf16(name):
     assert {k: v.dtype for k, v in model.state_dict().items()} == keys
     with pytest.raises(InputError, match="patch"):
         as_denoiser(peers.drawn(name), dtype=torch.bfloat16)
+
+
+def test_activation_inside_the_product():
+    """bf16 inference on a CPU applies GELU inside the product: as near to float64 as apart, and hooks still run."""
+    model = loopmdm.patch(peers.drawn("mdlm"))
+    block, rng = as_denoiser(model, dtype=torch.bfloat16).model.blocks[0], torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 32, generator=rng).bfloat16()
+    wide = copy.deepcopy(block.mlp).double()(x.double())
+    seen = []
+    with torch.no_grad():
+        assert layer._plain_bf16(block.mlp[0], x) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        inside = layer._mlp(block, block._loopmdm.layout, x)
+        handle = block.mlp[0].register_forward_hook(lambda *_: seen.append(1))
+        apart = layer._mlp(block, block._loopmdm.layout, x)
+        handle.remove()
+    assert seen == [1]
+    errors = [float((y - wide).norm() / wide.norm()) for y in (inside, apart)]
+    assert errors[0] < 1.2 * errors[1] < 0.01, errors
+    assert layer._mlp(block, block._loopmdm.layout, x).requires_grad is False  # frozen copy
+    block.mlp[0].weight.requires_grad_(True)
+    assert layer._mlp(block, block._loopmdm.layout, x).requires_grad
+
+
+class LLaDABlockGroup(nn.ModuleList):
+    def forward(self, x, attention_bias=None, layers_past=None, use_cache=False):
+        for block in self:
+            x, _ = block(x, attention_bias=attention_bias, use_cache=use_cache)
+        return x, None
+
+
+class GroupedLLaDA(peers.LLaDAModelLM):
+    """Blocks in groups of two, as with block_group_size = 2."""
+
+    def __init__(self, plain):
+        super().__init__(plain.config)
+        parts = self.model.transformer
+        blocks = list(plain.model.transformer.pop("blocks"))
+        parts.update(plain.model.transformer)
+        parts["block_groups"] = nn.ModuleList(LLaDABlockGroup(blocks[i : i + 2]) for i in range(0, len(blocks), 2))
+        del parts["blocks"]
+
+    def forward(self, ids, attention_mask=None, use_cache=False):
+        parts = self.model.transformer
+        x = parts["wte"](ids)
+        for group in parts["block_groups"]:
+            x, _ = group(x, use_cache=use_cache)
+        return parts["ff_out"](parts["ln_f"](x))
+
+
+def test_blocks_in_groups():
+    """Patched, and looped across the border of two groups, as the ungrouped model."""
+    plain, ids = peers.drawn("llada"), some_ids()
+    grouped = loopmdm.patch(GroupedLLaDA(peers.drawn("llada")).eval())
+    assert any("block_groups.1.0.q_proj" in key for key in grouped.state_dict())
+    torch.testing.assert_close(grouped(ids), plain(ids), atol=1e-5, rtol=0)
+    for model in (grouped, plain):
+        loopmdm.loopify(model, 1, 2, num_loops=3)
+    torch.testing.assert_close(grouped(ids), plain(ids), atol=1e-5, rtol=0)
+    denoiser = as_denoiser(grouped)
+    torch.testing.assert_close(F.linear(denoiser.hidden(ids), *denoiser.head()), plain(ids), atol=1e-5, rtol=0)
 
 
 def test_folded_modulation_is_never_stale():

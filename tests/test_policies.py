@@ -633,3 +633,15 @@ def test_what_policies_declare():
         elif name in FIXED:
             assert out.head_rows == 8 + 6 + 4 + 2
     assert Ancestral().temperature == 1.0 and Confidence().temperature == 0.0
+
+
+def test_an_end_behind_a_mask_that_a_policy_left_cuts_nothing():
+    logits = torch.zeros(4, 6, 6)
+    logits[..., 3] = 5.0
+
+    class Second(LeftToRight):
+        def choose(self, state, scores=None):
+            return Move(state.masked & (torch.arange(4) == 1))
+
+    out = generate(Table(logits, mask_id=5), [5] * 4, steps=2, policy=Second(), eos_id=3)
+    assert out.tokens.tolist() == [[5, 3, 5, 5]] and out.lengths.tolist() == [4]

@@ -65,6 +65,8 @@ def test_a_number_depends_on_its_place_alone():
     assert torch.equal(random.uniform(1, 2, 3, rows.flip(0), 33), whole.flip(0))
     assert torch.equal(random.uniform(1, 2, 3, rows[1:2], 33), whole[1:2])
     assert torch.equal(random.uniform(1, 2, 3, rows.int(), 33), whole)
+    some = torch.tensor([[5, 32, 0], [1, 1, 31], [17, 2, 30]])
+    assert torch.equal(random.uniform(1, 2, 3, rows, some), whole.gather(1, some))
 
 
 def test_seeds_and_steps_a_row():

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import statistics
+import subprocess
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -483,6 +484,19 @@ def test_bad_input(capsys, small, monkeypatch):
     assert "not allowed with" in refused(capsys, "tune", "--out", "x", "--table")
     monkeypatch.setenv(tuned.OVERRIDE, "")
     assert "give --out or --table" in refused(capsys, "tune")
+
+
+def test_the_revision_is_the_checkout_s_own(tmp_path):
+    """An installed package may lie in a folder of somebody's repository, whose commit says nothing about it."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert evidence.revision(tmp_path) == commit + "+"
+    assert evidence.revision(tmp_path / "inside") is None
 
 
 def test_machine_has_no_name():

@@ -190,12 +190,15 @@ def test_selection_is_exact_whatever_the_batch():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_only_rounding_of_the_product_can_change_a_token(temperature):
     """Implementations and batches agree except where the two best keys are closer than what fp32 products of length D
-    may differ by, 2 D 2^-24 |h| |w|; the weights are such that there are such rows."""
+    may differ by, 2 D 2^-24 |h| |w|; hidden states are solved for such that half of the rows are such."""
     rng = torch.Generator().manual_seed(5)
-    N, D, V = 400, 96, 128  # one group: the keys of the draw are those of the ids
-    hidden, weight = torch.randn(1, N, D, generator=rng), torch.randn(V, D, generator=rng) / 4
-    weight[64:88] = weight[:24] * (1 + 2e-7 * torch.randn(24, 1, generator=rng))  # near ties
+    N, D, V = 400, 128, 128  # one group: the keys of the draw are those of the ids
     tokens, seeds = torch.full((1, N), V - 1), torch.tensor([11])
+    noise = gumbel(seeds[:, None], 2, torch.arange(N)[:, None], torch.arange(V)[None], TOKEN) * temperature
+    wanted = torch.rand(N, V, generator=rng)  # keys
+    wanted[: N // 2].scatter_(1, torch.rand(N // 2, V - 1, generator=rng).topk(2).indices, 3.0)
+    weight = torch.linalg.qr(torch.randn(V, D, generator=rng)).Q  # its inverse is its transpose
+    hidden = ((wanted - noise) @ weight)[None]
     options = {"mask_id": V - 1, "k": N, "temperature": temperature, "row_seeds": seeds, "step": 2}
     runs = [unmask_step(hidden, weight, tokens, **options, impl=impl).tokens[0] for impl in IMPLS]
     parts = [
@@ -204,20 +207,16 @@ def test_only_rounding_of_the_product_can_change_a_token(temperature):
         for a in range(0, N, 7)
     ]  # fmt: skip
     runs.append(torch.cat(parts))
-    keys = hidden[0].double() @ weight.double().T
-    if temperature:
-        where = torch.arange(N)[:, None]
-        keys = keys / temperature + gumbel(seeds[:, None], 2, where, torch.arange(V)[None], TOKEN).double()
+    keys = hidden[0].double() @ weight.double().T + noise.double()
     keys[:, V - 1] = -INF
     first, second = keys.topk(2, dim=-1).values.unbind(-1)
     bound = 2 * D * 2.0**-24 * hidden[0].norm(dim=-1) * weight.norm(dim=-1).max()
-    close = first - second <= bound.double() / (temperature or 1.0)
-    assert temperature or close.sum() >= 100
-    assert (~close).sum() >= 100
+    close = first - second <= bound
+    assert close[: N // 2].all() and (~close).sum() >= 100
     for run in runs:
         assert torch.equal(run[~close], keys.argmax(-1)[~close])
         differ = run != keys.argmax(-1)
-        assert differ.sum() <= close.sum() and (keys.gather(1, run[:, None])[:, 0] >= first - bound)[differ].all()
+        assert differ.any() and (keys.gather(1, run[:, None])[:, 0] >= first - bound)[differ].all()
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -309,6 +308,80 @@ def test_shifted_logits(left):
     assert torch.equal(got.revealed, (tokens == 29) & real)
 
 
+def test_a_window_of_a_longer_sequence():
+    """Positions from above 0: the noise is theirs, and a shift never reads another sequence's hidden states."""
+    hidden, weight, tokens = toy(3)
+    seeds, late = torch.tensor([5, 9]), torch.arange(12).expand(2, 12)[:, 4:]
+    cut = hidden[:, 4:], weight, tokens[:, 4:]
+    options = {"mask_id": 29, "temperature": 1.0, "k": 20, "logit_shift": 1}
+    full = unmask_step(hidden, weight, tokens, row_seeds=seeds, **options)
+    part = unmask_step(*cut, row_seeds=seeds, positions=late, **options)
+    assert torch.equal(part.tokens[:, 1:], full.tokens[:, 5:])
+    for b in ([0], [1]):
+        alone = unmask_step(cut[0][b], weight, cut[2][b], row_seeds=seeds[b], positions=late[b], **options)
+        assert torch.equal(alone.tokens, part.tokens[b])
+    options = {"mask_id": 29, "policy": "ancestral", "steps": 3, "row_seeds": seeds}
+    full = unmask_step(hidden, weight, tokens, generated=tokens == 29, **options)
+    part = unmask_step(*cut, positions=late, generated=cut[2] == 29, **options)
+    assert torch.equal(part.tokens, full.tokens[:, 4:]) and 0 < part.revealed.sum() < (cut[2] == 29).sum()
+
+
+@pytest.mark.parametrize("name", ["confidence", "p2"])
+def test_padding_is_not_generated(name):
+    """Even where the pad id is the mask's and `generated` is every mask."""
+    hidden, weight, tokens = toy(4)
+    real = torch.arange(12).expand(2, 12) < torch.tensor([[7], [12]])
+    tokens[~real] = 29
+    options = {"mask_id": 29, "policy": name, "steps": 3, "attention_mask": real, "temperature": 0.0}
+    got = unmask_step(hidden, weight, tokens, generated=tokens == 29, **options)
+    want = unmask_step(hidden, weight, tokens, generated=(tokens == 29) & real, **options)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.remasked, want.remasked) and got.revealed.any()
+
+
+@pytest.mark.parametrize("name", ["confidence", "random", "ancestral", "cap", "p2"])
+def test_a_step_of_its_own_for_each_sequence(name):
+    hidden, weight, tokens = toy(6)
+    seeds, options = torch.tensor([5, 9]), {"mask_id": 29, "policy": EVERY[name], "steps": 4, "temperature": 1.0}
+    generated = tokens == 29
+    both = unmask_step(hidden, weight, tokens, step=torch.tensor([1, 2]), row_seeds=seeds, generated=generated,
+                       **options)  # fmt: skip
+    for b in (0, 1):
+        rows = (x[b : b + 1] for x in (hidden, tokens))
+        alone = unmask_step(next(rows), weight, next(rows), step=1 + b, row_seeds=seeds[b : b + 1],
+                            generated=generated[b : b + 1], **options)  # fmt: skip
+        assert torch.equal(alone.tokens, both.tokens[b : b + 1])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_nothing_at_all(shape, capacity):
+    empty, weight = torch.zeros(shape, dtype=torch.int64), torch.ones(30, 8)
+    for policy in ("confidence", "random", "cap", "p2"):
+        options = {"policy": EVERY[policy], "steps": 3, "generated": empty == 29, "capacity": capacity}
+        assert unmask_step(torch.zeros(*shape, 8), weight, empty, mask_id=29, **options).tokens.shape == shape
+
+
+@pytest.mark.parametrize("name", ["confidence", "eb", "first_hitting", "loop", "p2"])
+def test_with_a_capacity_the_host_reads_nothing(name):
+    """On the meta device, where no value can be read. (The kernels themselves: tests/gpu/test_unmask.py.)"""
+    hidden, weight, tokens, flags = *(x.to("meta") for x in toy()), torch.ones(2, 12, device="meta").bool()
+    options = {
+        "mask_id": 29, "policy": EVERY[name], "step": torch.tensor(2, device="meta"), "steps": 5, "generated": flags,
+        "attention_mask": flags, "eligible": flags, "eos_ids": (3,), "done": flags[:, 0].contiguous(),
+        "logit_shift": 1, "cfg_hidden": hidden, "cfg_scale": 1.0, "temperature": 1.0, "impl": "torch",
+    }  # fmt: skip
+    assert unmask_step(hidden, weight, tokens, capacity=24, **options).tokens.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        unmask_step(hidden, weight, tokens, **options)  # it counts rows
+
+
+def test_tokens_of_any_stride():
+    hidden, weight, tokens = toy()
+    turned = tokens.t().contiguous().t()
+    want = unmask_step(hidden, weight, tokens, mask_id=29, k=3)
+    assert torch.equal(unmask_step(hidden, weight, turned, mask_id=29, k=3).tokens, want.tokens)
+
+
 def test_capacity_and_in_place():
     hidden, weight, tokens = toy()
     masked = (tokens == 29).flatten().nonzero()[:, 0]
@@ -362,6 +435,7 @@ def test_any_policy(name):
         ({"head_weight": None, "bias": torch.zeros(8)}, "leave bias out"),
         ({"mask_id": -1}, "mask_id is -1; it must be a whole number of at least 0"),
         ({"mask_id": None}, "mask_id is None"),
+        ({"mask_id": 2**64}, r"mask_id is 18446744073709551616; it must be below 2\^63"),
         ({"k": None}, "how many tokens to reveal is not said: give k, threshold, or steps and generated"),
         ({"k": None, "steps": 4}, "give them as `generated`"),
         ({"k": torch.ones(3).long()}, r"k is \[3\] torch.int64; it must be \[2\]"),
@@ -380,6 +454,9 @@ def test_any_policy(name):
         ({"temperature": -1.0}, "temperature is -1.0; it must be a number of at least 0"),
         ({"top_p": 2.0}, "top_p is 2.0"),
         ({"suppressed": (30,)}, "suppressed holds 30; ids go from 0 to 29"),
+        ({"suppressed": 3}, "suppressed is 3; it must be a list"),
+        ({"eos_ids": ("a",)}, "eos_ids holds 'a'; ids go from 0"),
+        ({"head_weight": torch.zeros(0, 8)}, r"head_weight is \[0, 8\]; it must be \[V, D\]"),
         ({"capacity": 0}, "capacity is 0; it must be a whole number of at least 1"),
         ({"logit_shift": -1}, "logit_shift is -1"),
         ({"step": -1}, "step is -1"),
@@ -399,11 +476,13 @@ TENSORS = st.builds(
     st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16]),
     st.lists(st.sampled_from([0, 1, 2, 12, 8, 30]), max_size=3),
 )
-WRONG = st.one_of(st.none(), st.integers(-3, 2**64), st.floats(), st.text(max_size=3), TENSORS)
+EDGES = st.sampled_from([2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 2**70])
+LISTS = st.lists(st.integers(-1, 31) | EDGES, max_size=3)
+WRONG = st.one_of(st.none(), st.integers(-3, 40), EDGES, st.floats(), st.text(max_size=3), LISTS, TENSORS)
 NAMES = (
     "hidden", "head_weight", "tokens", "mask_id", "bias", "k", "threshold", "policy", "temperature", "top_k", "top_p",
     "seed", "row_seeds", "step", "steps", "positions", "attention_mask", "eligible", "generated", "confidence", "done",
-    "logit_shift", "cfg_hidden", "cfg_scale", "schedule", "capacity", "impl",
+    "logit_shift", "cfg_hidden", "cfg_scale", "schedule", "capacity", "impl", "suppressed", "eos_ids", "inplace",
 )  # fmt: skip
 
 

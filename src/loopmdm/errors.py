@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Iterable
 
 
@@ -42,6 +42,6 @@ def whole(name: str, value: int, least: int = 1) -> int:
 
 def number(name: str, value: float) -> float:
     """Return a finite number of at least 0, or raise InputError."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
         raise InputError(f"{name} is {shown(value)}; it must be a number of at least 0")
     return value

@@ -40,8 +40,8 @@ def uniform(seed: int | Tensor, stream: int, step: int | Tensor, index: Tensor, 
         stream: purpose, 0..255.
         step: below 2^32, one or one a row.
         index: int64 [N], the global sample index or row, below 2^32.
-        count: numbers a row, 0 to count - 1, or which: int64 [N, M], any numbers mod 2^34. Number j is the same whatever
-            others are asked for.
+        count: numbers a row, 0 to count - 1, or which: int64 [N, M], any numbers mod 2^34. Number j is the same
+            whatever others are asked for.
 
     Raises:
         InputError: a step or seed outside its range, an index of fractions.

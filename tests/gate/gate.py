@@ -45,13 +45,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Binary:
-    """What ptxas made: registers a thread, stack and shared memory in bytes, and the instructions."""
+    """What ptxas made: registers a thread, stack and shared memory in bytes, and the code.
+
+    What spills has a stack to spill to. The instructions are asked for only where a test reads them: to disassemble
+    them takes as long as to compile most kernels.
+    """
 
     registers: int
     stack: int
     shared: int
-    sass: str
+    cubin: bytes
     ptx: str
+
+    @functools.cached_property
+    def sass(self) -> str:
+        return _dump("-sass", self.cubin)
 
     @property
     def spills(self) -> int:
@@ -110,17 +118,16 @@ def compile_for(arch: str, item: tuned.Compile) -> Binary:
     number = int(arch.removeprefix("sm_"))
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
     built = triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(built.asm["cubin"])
-        usage = _dump("--dump-resource-usage", cubin)
-        sass = _dump("-sass", cubin)
+    usage = _dump("--dump-resource-usage", built.asm["cubin"])
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
-    return Binary(numbers["REG"], numbers["STACK"], built.metadata.shared, sass, built.asm["ptx"])
+    return Binary(numbers["REG"], numbers["STACK"], built.metadata.shared, built.asm["cubin"], built.asm["ptx"])
 
 
-def _dump(flag: str, cubin: Path) -> str:
-    return subprocess.run([_cuobjdump(), flag, str(cubin)], check=True, capture_output=True, text=True).stdout
+def _dump(flag: str, cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return subprocess.run([_cuobjdump(), flag, str(path)], check=True, capture_output=True, text=True).stdout
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from .llada import RMSNorm
 def forward(
     self: Any,
     hidden_states: Tensor,
-    attention_mask: Tensor | str | None = None,
+    attention_mask: object = None,
     position_ids: Tensor | None = None,
     past_key_value: object = None,
     output_attentions: bool | None = False,
@@ -47,7 +47,8 @@ def forward(
         rope = (cos[..., : hd // 2], sin[..., : hd // 2])
     if isinstance(attention_mask, str) and attention_mask != "full":
         raise InputError(f"attention_mask is {attention_mask!r}; the only name that it may be is 'full'")
-    if not isinstance(attention_mask, (str, Tensor, type(None))):
+    given: object = attention_mask
+    if not isinstance(given, (str, Tensor, type(None))):
         kind = type(attention_mask).__name__
         raise InputError(
             f"attention_mask is a {kind}, which a patched layer does not read; use attn_implementation='sdpa'"

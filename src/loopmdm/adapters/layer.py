@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.block import rope_table, rotate
@@ -215,12 +215,31 @@ def _mlp(block: Any, layout: Layout, x: Tensor) -> Tensor:
             gate, up = _at(block, layout.up[0])(x).chunk(2, dim=-1)
         h = F.silu(gate) * up
     else:
-        h = _at(block, layout.up[0])(x)
+        up = _at(block, layout.up[0])
+        if layout.activation == "gelu_tanh" and _plain_bf16(up, x):
+            # oneDNN applies it to the product's tiles; by itself it takes a quarter of the product's time
+            h = torch.ops.mkldnn._linear_pointwise(x, up.weight, up.bias, "gelu", [], "tanh")
+            return _at(block, layout.down)(h)
+        h = up(x)
         if layout.activation == "relu2":
             h = F.relu(h).square()
         else:
             h = F.gelu(h, approximate="tanh" if layout.activation == "gelu_tanh" else "none")
     return _at(block, layout.down)(h)
+
+
+def _plain_bf16(module: Any, x: Tensor) -> bool:
+    """Whether calling the module is a bf16 product on a CPU, in inference, and nothing else."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and x.is_cpu
+        and x.dtype is module.weight.dtype is torch.bfloat16
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _at(block: Any, path: str) -> Any:

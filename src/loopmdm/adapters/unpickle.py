@@ -249,9 +249,7 @@ def build(function: object, args: object) -> object:
         if isinstance(inner, Stub) and inner.name != name:  # one level: a chain of them is no checkpoint
             return build(inner, given[2])
     if name in DICTIONARIES:
-        if given and isinstance(given[0], (list, tuple, dict)):
-            raise InputError("a dictionary is copied from another object, which no torch file does")
-        return {}
+        return Stub(name, args) if given and isinstance(given[0], (list, tuple, dict)) else {}  # a copy costs memory
     if name == "torch.Size" and given and isinstance(given[0], tuple):
         return given[0]
     return Stub(name, args)

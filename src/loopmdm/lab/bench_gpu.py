@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import InputError
-from . import bench
+from . import bench, evidence
 
 FAILED = 1
 
@@ -50,7 +50,7 @@ TRAFFIC = "dram__bytes_read.sum,dram__bytes_write.sum"
 PARTS = (
     Part("first contact", ("-m", "pytest", "tests/gpu/test_first_contact.py", "-x", "-q"), 3),
     Part("tune", ("-m", "loopmdm.cli", "tune", "--table", "--quick"), 8),
-    _bench("head and unmasking", "head_stats unmask", 6),
+    _bench("head and unmasking", "head_stats compact select_scatter select_topk", 6),
     _bench("looped block, small", "block", 8, "small and not compile"),
     _bench("looped block, medium and large", "block", 8, "(medium or large) and not compile"),
     _bench("looped block, compiled", "block", 8, "compile"),
@@ -68,7 +68,7 @@ def run_parts(root: Path, minutes: float) -> int:
         raise InputError(
             "--gpu needs a CUDA device and there is none here; `loopmdm bench` alone measures this machine"
         )
-    revision = _revision(root)
+    revision = (evidence.revision(root) or "unknown").removesuffix("+")  # tuning changes the tables, as it should
     name = bench.slug(torch.cuda.get_device_name())
     state_path = root / "benchmarks" / "results" / f"gpu-{name}.json"
     state: dict[str, Any] = json.loads(state_path.read_text()) if state_path.exists() else {}
@@ -139,8 +139,3 @@ def total_bytes(lines: Iterable[str]) -> float:
     if not rows:
         raise InputError("ncu printed no table")
     return sum(float(row["Metric Value"].replace(",", "")) * UNITS[row["Metric Unit"]] for row in rows)
-
-
-def _revision(root: Path) -> str:
-    out = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return out.stdout.strip() or "unknown"

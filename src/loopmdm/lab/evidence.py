@@ -143,7 +143,7 @@ def _rounded(value: Any) -> Any:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the timings depend on, without the machine's name."""
-    facts: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    facts: dict[str, Any] = {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     facts["system"] = platform.system()
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
@@ -152,9 +152,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+PACKAGES = ("loopmdm", "torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "flash-attn")
+
+
 def versions() -> dict[str, str]:
+    """Of Python, and of those packages that are installed which timings may depend on."""
     found = {"python": platform.python_version()}
-    for package in ("loopmdm", "torch", "triton", "flash_attn"):
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -162,11 +166,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def revision() -> str | None:
-    """The commit of the checkout that runs, "+" behind it where files differ from it; None without one."""
+def revision(root: Path = ROOT) -> str | None:
+    """The commit of a checkout, by default the one that runs, "+" behind it where files differ; None without one."""
+    if not (root / ".git").exists():  # git would answer for a repository that an environment lies in
+        return None
     try:
         asked = [
-            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=10)
+            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10)
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         ]
     except (OSError, subprocess.SubprocessError):
@@ -175,7 +181,8 @@ def revision() -> str | None:
     return commit + ("+" if changed else "")
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """The processor's model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -251,9 +251,8 @@ def _mask(suppressed: tuple[int, ...], vocab: int, device: torch.device) -> Tens
 def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw, impl: str) -> HeadStats:
     """x: hidden states, or logits where there is no weight."""
     vocab = x.shape[1] if weight is None else len(weight)
-    chosen = OP.choose(
-        impl, x.device, x.dtype, lambda which: _refuses(which, x), rows=len(x), vocab=vocab, dim=x.shape[1]
-    )
+    dim = 0 if weight is None else x.shape[1]
+    chosen = OP.choose(impl, x.device, x.dtype, lambda which: _refuses(which, x), rows=len(x), vocab=vocab, dim=dim)
     if chosen.impl == "torch" or not len(x) or _needs_all_logits(draw):
         return _reference(x, weight, bias, draw)
     if chosen.impl == "triton":
@@ -407,8 +406,6 @@ class Groups(NamedTuple):
 class Cpp:
     """csrc/head_cpu.cpp on rows of one problem."""
 
-    noise = "cpp"
-
     def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw) -> None:
         self.native = extension()
         self.x = x if x.stride(1) == 1 else x.contiguous()
@@ -451,11 +448,22 @@ class Cpp:
         )
         return out
 
+    def rows(self, part: slice, draw: Draw) -> HeadStats:
+        """What `_of_groups` does without top-k, in one call."""
+        stats = self.groups(part)
+        token = torch.empty(len(stats.best), dtype=torch.int64)
+        values = torch.empty(5, len(token), dtype=torch.float32)
+        tempered = stats.total if stats.tempered is None else stats.tempered
+        noise = [t.contiguous() for t in draw.noise] if draw.temperature else [None] * 3
+        judged = None if draw.tokens is None else draw.tokens.contiguous()
+        given = (stats.best, stats.total, stats.dot, tempered, *noise, judged, token, values)
+        where = (0 if t is None else t.data_ptr() for t in given)
+        self.native.head_rows_cpu(self.head(part), self.scale, *where, torch.get_num_threads())
+        return HeadStats(token, *values)
+
 
 class Triton:
     """kernels/head_stats.py on rows of one problem."""
-
-    noise = "triton"
 
     def __init__(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw, config: Mapping[str, int]
@@ -524,9 +532,9 @@ def grouped(head: Cpp | Triton, draw: Draw) -> HeadStats:
 
 def _of_groups(head: Cpp | Triton, part: slice, draw: Draw) -> HeadStats:
     draw = draw.rows(part)
-    if isinstance(head, Triton) and draw.top_k is None:
+    if draw.top_k is None:
         return head.rows(part, draw)
-    best, total, dot, tempered = head.groups(part)
+    best, total, dot, _ = head.groups(part)
     top, likeliest = best.max(-1)
     alive = top > -INF
     share = (best - top[:, None]).nan_to_num(-1e3).clamp(min=-1e3)  # NaN: no logit in the row
@@ -540,19 +548,9 @@ def _of_groups(head: Cpp | Triton, part: slice, draw: Draw) -> HeadStats:
     logits = head.inside(part, likeliest[:, None])[:, 0]
     others = best.scatter(-1, likeliest[:, None], -INF).max(-1).values
     second = torch.maximum(others, logits.topk(2, dim=-1).values[:, 1])
-    if not draw.temperature:
-        token = likeliest * SPAN + logits.argmax(-1)
-    elif draw.top_k is None:
-        sums = total if tempered is None else tempered.to(torch.int64) & 0xFFFFFFFF
-        group = draw_group(level_of(best, sums, top, draw.scale), draw, head.noise)
-        logits = head.inside(part, group[:, None])[:, 0]
-        token = _inside_token(logits, top, group * SPAN, draw, head.noise)
-        likeliest = group
-    else:
-        ids, values = _likeliest(head, part, best, draw.top_k)
-        token = _draw_among(ids, _restrict_ranked(values, top, draw), top, draw)
-        likeliest = token // SPAN
-        logits = head.inside(part, likeliest[:, None])[:, 0]
+    ids, values = _likeliest(head, part, best, draw.top_k)
+    token = _draw_among(ids, _restrict_ranked(values, top, draw), top, draw)
+    logits = head.inside(part, (token // SPAN)[:, None])[:, 0]
     token = torch.where(alive, token, -1)
     if draw.tokens is not None:
         token = torch.where(draw.tokens >= 0, draw.tokens, token)

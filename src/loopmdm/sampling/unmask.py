@@ -94,21 +94,21 @@ def unmask_step(
         top_k, top_p, suppressed: as in `head_stats`; mask_id is always suppressed, if the head has a row for it.
         seed: of all noise; row i uses `row_seeds[i]`, int64 [B], by default seed + i.
         step: number of this step, from 0; in a CUDA graph an int64 tensor, scalar or [B]. steps: how many there are.
-        positions: int64 [B, T], counted from each sequence's first real token, from above 0 where the columns are a window
-            of it; None counts `attention_mask`.
+        positions: int64 [B, T], counted from each sequence's first real token, from above 0 where the columns are a
+            window of it; None counts `attention_mask`.
         attention_mask: bool [B, T], real positions, padding on either side; None is all.
         eligible: bool [B, T], where this step may reveal (the current block, say); None is everywhere.
         generated: bool [B, T], masked before the first step: what the policy may remask, and how many tokens there are
             to spread; needed for these two and for eos_ids. Padding does not count. None: the masked ones.
         confidence: fp32 [B, T], of filled positions when they were filled, for "remdm:conf".
         eos_ids: ids that end a sequence where `generated`; done: bool [B], sequences to leave alone.
-        logit_shift: 1 if the token at i is read at i - 1 (Dream); the first real token, and the first column, is read at
-            itself.
+        logit_shift: 1 if the token at i is read at i - 1 (Dream); the first real token, and the first column of a
+            window, is read at itself.
         cfg_hidden: [B, T, D] of the unconditional pass u; with `cfg_scale` w the head sees u + (w + 1) (hidden - u).
         schedule: noise schedule of "ancestral" and "remdm".
         capacity: most rows that the head may see; None lists exactly those that it needs, for which a GPU waits once.
             With a capacity nothing waits for the host, so that the step can be captured in a CUDA graph; positions
-            beyond it stay masked. B * T is always enough.
+            beyond it stay masked, or are masked again by "p2". B * T is always enough.
         inplace: write into `tokens` (and `done`) instead of a copy.
         impl: "auto", or a name that both `head_stats` and `select_scatter` have, such as "torch", the reference.
 
@@ -119,12 +119,12 @@ def unmask_step(
     for name, known in (("mask_id", mask_id), ("steps", steps), ("capacity", capacity), ("cfg_scale", cfg_scale),
                         ("logit_shift", logit_shift), ("temperature", temperature), ("top_k", top_k),
                         ("top_p", top_p), ("seed", seed), ("impl", impl), ("policy", policy),
-                        ("schedule", schedule)):  # fmt: skip
+                        ("schedule", schedule), ("inplace", inplace)):  # fmt: skip
         if isinstance(known, Tensor):
             raise InputError(f"{name} is a tensor; it must be known to the host")
-    for name, count in (("step", step), ("steps", steps)):
-        if isinstance(count, int) and count >= 2**32:
-            raise InputError(f"{name} is {count}; it must be below 2^32")
+    for name, count, bits in (("step", step, 32), ("steps", steps, 32), ("mask_id", mask_id, 63)):
+        if isinstance(count, int) and count >= 2**bits:
+            raise InputError(f"{name} is {count}; it must be below 2^{bits}")
     if not isinstance(impl, str):
         raise InputError(f"impl is {impl!r}; it must be a name")
     vocab = hidden.shape[-1] if head_weight is None else len(head_weight)
@@ -275,7 +275,7 @@ def settle(
         eligible = state.generated if move.remask else state.masked
         scores, k, rule, remask, bound = move.keys, move.k, move.rule, move.remask, move.bound
         if not isinstance(bound, Tensor):
-            bound = torch.full(rows, bound, dtype=torch.float64, device=tokens.device)
+            bound = torch.full(rows, float(bound), dtype=torch.float64, device=tokens.device)
     else:
         eligible, scores = move.reveal & state.masked, torch.zeros_like(masked, dtype=torch.float32)
         k, rule, remask, bound = torch.full_like(state.total, tokens.shape[1]), "top_k", False, None
