@@ -28,7 +28,9 @@ from .sizes import block_config, drawn
 ARMS = ("reference", "compile", "loopmdm", "fused", "graph", "graph-cublas")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 ROWS = (
-    {"small": (1, 128), "medium": (4, 1024), "large": (64, 1024)} if CUDA else {"small": (1, 128), "medium": (2, 256)}
+    {"small": (1, 128), "pair": (2, 128), "single": (1, 1024), "medium": (4, 1024), "large": (64, 1024)}
+    if CUDA
+    else {"small": (1, 128), "medium": (2, 256)}
 )
 LARGE = ("paper-170m", "llama-1024")
 POINTS = [  # size, S, rows
@@ -36,6 +38,8 @@ POINTS = [  # size, S, rows
     *(("tiny-llama", loops, "medium") for loops in (1, 4)),
     *((size, loops, "small") for size in LARGE for loops in ((1, 4, 12) if CUDA else (1, 4))),
     *((size, loops, rows) for size in LARGE for loops in (4, 12) for rows in ("medium", "large") if CUDA),
+    *((size, 12, rows) for size in ("llama-512", "llama-2048") for rows in ROWS if CUDA),
+    *((size, 12, rows) for size in LARGE for rows in ("pair", "single") if CUDA),
 ]
 COMPILED = [
     ("tiny-llama", 4, "small"),

@@ -30,13 +30,13 @@ def dit(width: int, layers: int, heads: int = 0) -> dict[str, Any]:
 def block_config(size: str, layers: int = 2, loops: int = 12) -> ModelConfig:
     """The looped block alone, between an embedding of 1024 ids and the last norm: layers visited `loops` times.
 
-    `tiny-*`: d 128; `paper-170m`: the block of arXiv 2605.26106; `llama-1024`.
+    `tiny-*`: d 128; `paper-170m`: the block of arXiv 2605.26106; `llama-512`, `-1024`, `-2048`.
     """
     shapes = {
         "tiny-dit": dit(128, layers),
         "tiny-llama": llama(128, layers),
         "paper-170m": dit(768, layers, 12),
-        "llama-1024": llama(1024, layers),
+        **{f"llama-{width}": llama(width, layers) for width in (512, 1024, 2048)},
     }
     loop = LoopConfig(start=0, length=layers, max_loops=loops)
     return ModelConfig(vocab_size=1024, max_position_embeddings=1024, **shapes[size], loop=loop)

@@ -393,6 +393,10 @@ def gate(dtype: str, size: Mapping[str, int], config: Mapping[str, int]) -> Iter
         tile |= {"BLOCK_K": config["block_k"], "SWATH": config["swath"]}
         signature = {f"{name}_ptr": kind for name, kind in pointers.items()} | rest
         yield Compile(head_groups_kernel, signature, constants | tile, config["warps"], config["stages"])
+    within = {"x": operand, "weight": operand, "bias": "*fp32", "suppressed": "*i8", "group": "*i64", "out": "*fp32"}
+    constants = {"K": size["dim"], "V": size["vocab"], "HAS_WEIGHT": True, "HAS_BIAS": True, "SUPPRESSED": True}
+    signature = {f"{name}_ptr": kind for name, kind in within.items()} | {"x_stride": "i32", "per": "i32"}
+    yield Compile(head_inside_kernel, signature, constants | {"BLOCK_K": ROW_K}, 4, 3)
     names = ("seeds", "steps", "positions", "judged", "token")
     signature = {f"{name}_ptr": kind for name, kind in (pointers | dict.fromkeys(names, "*i64")).items()}
     signature |= {"values_ptr": "*fp32", **rest}

@@ -130,7 +130,8 @@ def read_override(path: Path) -> tuple[Row, ...]:
 
 
 def _row(entry: Any) -> Row:
-    kinds: dict[str, type] = {"op": str, "impl": str, "arch": str, "dtype": str, "upto": dict, "config": dict, "evidence": str}
+    words = dict.fromkeys(("op", "impl", "arch", "dtype", "evidence"), str)
+    kinds: dict[str, type] = {**words, "upto": dict, "config": dict}
     if not isinstance(entry, dict) or not {"op", "impl", "arch"} <= set(entry) <= set(kinds):
         raise ValueError(f"a row is {entry!r:.100}")
     for name, value in entry.items():

@@ -487,11 +487,24 @@ def test_attention_by_name(monkeypatch):
     assert len({n for n, _ in packs}) == 3 and all(ok for _, ok in packs)
 
 
-@pytest.mark.parametrize("batch, length", [(0, 5), (1, 1), (3, 64)])
-def test_odd_sizes(batch, length):
-    model = live(tiny("dit", boundary="anchored"), dtype=F64)
+@pytest.mark.parametrize("name", ["llama", "timed anchored"])
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0), (1, 1), (3, 64)])
+def test_odd_sizes(batch, length, name):
+    backbone, changes = VARIANTS[name]
+    model = live(tiny(backbone, **changes), dtype=F64)
+    inputs = noise(model.config, batch)
     with torch.no_grad():
         for S in (2, torch.full((batch,), 2)):
-            want = model.hidden(ids(batch, length), num_loops=S)
-            got = model.fused().hidden(ids(batch, length), num_loops=S)
+            want = model.hidden(ids(batch, length), num_loops=S, **inputs)
+            got = model.fused().hidden(ids(batch, length), num_loops=S, **inputs)
             torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["llama", "timed"])
+def test_autocast_changes_nothing(name):
+    backbone, changes = VARIANTS[name]
+    model = live(tiny(backbone, **changes))
+    plan, tokens, inputs = model.fused(), ids(2, T), noise(model.config, 2)
+    want = plan.hidden(tokens, num_loops=3, **inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plan.hidden(tokens, num_loops=3, **inputs), want)

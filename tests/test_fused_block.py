@@ -199,3 +199,11 @@ def test_no_gradients_and_no_change_of_the_input():
     before = x.detach().clone()
     assert not block.fused()(x, 2).requires_grad
     assert torch.equal(x, before)
+
+
+def test_autocast_changes_nothing():
+    block, x = made("llama"), state()
+    plan = block.fused(torch.float32)
+    want = plan(x, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plan(x, 3), want)

@@ -23,6 +23,13 @@ def test_hopper_multiplies_a_warpgroup_at_a_time(head_dim: int) -> None:
         assert compile_for("sm_90", item).sass.count("HGMMA") >= 4
 
 
+@pytest.mark.parametrize("arch, head_dim", [("sm_86", 128), ("sm_100", 32)])
+def test_the_kernel_s_own_tiles_fit_elsewhere(arch: str, head_dim: int) -> None:
+    """The gate tries a kernel's own tiles on sm_80 and sm_90 alone; these two spilled in fp32."""
+    for item in kernel.gate("float32", {"tokens": 65536, "head_dim": head_dim}, {}):
+        assert compile_for(arch, item).stack == 0
+
+
 def test_nothing_compiles_anew_for_another_length() -> None:
     """Every argument that varies with the batch or the length is left unspecialised. (The others: tests/interpret.)"""
     numbers = [p for p in kernel.attention_kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]

@@ -6,6 +6,10 @@ import torch
 from loopmdm.lab import tune
 from loopmdm.ops.contract import all_ops
 
+from .harness import need_interpreter
+
+need_interpreter()
+
 CPU = torch.device("cpu")
 SIZES = {
     "residual_norm": {"rows": 5, "dim": 128},

@@ -16,7 +16,7 @@ from ..ops.residual_norm import residual_norm
 from ..ops.spans import Spans, packed, spans_of
 from .depth import Depth, planned
 from .fold import conditioned
-from .fused_layers import Layers, Run, Shared, Stream, blocks_of, check_inference, layers_why_not
+from .fused_layers import Layers, Run, Shared, Stream, blocks_of, check_inference, inference, layers_why_not
 
 if TYPE_CHECKING:
     from .lm import LoopMDM
@@ -38,7 +38,7 @@ class Fused(Layers):
 
     Results are the model's up to rounding, padding included (0). In 16 bits rotation, modulation and biases are applied
     in fp32, and so is the residual stream if the model has `residual_in_fp32`. Of weights that are 16-bit already only
-    such copies of out and down are rounded a second time.
+    such copies of out and down are rounded a second time. Autocast is off within: `dtype` takes its place.
 
     For GPUs: on a CPU the model itself is faster.
 
@@ -78,7 +78,7 @@ class Fused(Layers):
             self._runs = _linked([self._fold(part, cond) for part in model._parts()])
             self._final = _final(model, cond)
 
-    @torch.no_grad()
+    @inference
     def hidden(
         self,
         input_ids: Tensor,

@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..ops.spans import Spans, packed
 from .block import Context
 from .depth import Depth, planned
-from .fused_layers import Layers, Shared, check_inference, layers_why_not
+from .fused_layers import Layers, Shared, check_inference, inference, layers_why_not
 from .loop import LoopedBlock
 
 
@@ -18,7 +18,7 @@ class FusedBlock(Layers):
 
     Weights are folded here, once; after they changed make a new one (`fused.Fused` says what are copies). No launch
     depends on S, so no S compiles anything anew, and a sequence that has left the batch takes no part in any. Results
-    are the block's up to rounding. Dropout is off.
+    are the block's up to rounding. Dropout is off, and so is autocast: `dtype` takes its place.
 
     Args:
         block: one whose boundary is plain or `Anchored`, with plain `nn.Linear` projections.
@@ -53,7 +53,7 @@ class FusedBlock(Layers):
                 cond = block._default_context(self._weight.new_empty(1, 1, config.hidden_size)).cond
             self._run = self._fold(block, cond)
 
-    @torch.no_grad()
+    @inference
     def __call__(
         self,
         x: Tensor,

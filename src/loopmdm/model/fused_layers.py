@@ -17,8 +17,9 @@ launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ from .loop import Anchored, LoopedBlock
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
+
+L = TypeVar("L", bound="Layers")
+P = ParamSpec("P")
 
 
 class Stream(NamedTuple):
@@ -298,6 +302,17 @@ class _Walk:
             1
         ]
         return plan._centre(x, run.layers[0].attn_gain, True), sums
+
+
+def inference(run: Callable[Concatenate[L, P], Tensor]) -> Callable[Concatenate[L, P], Tensor]:
+    """A pass of a plan: no gradients, and no autocast, which would give its ops dtypes that do not fit together."""
+
+    @functools.wraps(run)
+    def passed(plan: L, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with torch.no_grad(), torch.autocast(plan._weight.device.type, enabled=False):
+            return run(plan, *args, **kwargs)
+
+    return passed
 
 
 def _take(stream: Stream, rows: Tensor) -> Stream:

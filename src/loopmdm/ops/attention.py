@@ -263,7 +263,8 @@ def _fused_op(
     config = {name: number for name, number in zip(TILE, tile, strict=True) if number}
     # 16-bit products are garbage in the interpreter
     compute = "float32" if interpreting() else str(qkv.dtype).removeprefix("torch.")
-    return kernel.forward(qkv, first, last, heads, groups, scale, with_lse, config, compute)
+    with torch.cuda.device_of(qkv):
+        return kernel.forward(qkv, first, last, heads, groups, scale, with_lse, config, compute)
 
 
 @_fused_op.register_fake

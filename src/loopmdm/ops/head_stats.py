@@ -485,7 +485,10 @@ class Triton:
         total, tempered = (torch.empty(shape, dtype=torch.int32, device=x.device) for _ in range(2))
         warm = tempered if self.scale != 1 else None
         count = None if count is None else count.reshape(1) - part.start
-        kernel.groups(x, *self.head, count, self.vocab, self.scale, best, total, dot, warm, self.config, self.compute)
+        with torch.cuda.device_of(x):
+            kernel.groups(
+                x, *self.head, count, self.vocab, self.scale, best, total, dot, warm, self.config, self.compute
+            )
         return Groups(best, total, dot, warm)
 
     def inside(self, part: slice, group: Tensor) -> Tensor:
@@ -493,7 +496,8 @@ class Triton:
         from ..kernels import head_stats as kernel
 
         out = torch.empty(*group.shape, SPAN, dtype=torch.float32, device=group.device)
-        kernel.inside(self.x[part], *self.head, self.vocab, group.contiguous(), out)
+        with torch.cuda.device_of(self.x):
+            kernel.inside(self.x[part], *self.head, self.vocab, group.contiguous(), out)
         return out
 
     def rows(self, part: slice, draw: Draw) -> HeadStats:
@@ -507,7 +511,8 @@ class Triton:
         noise = draw.noise if draw.temperature else None
         count = None if self.count is None else self.count.reshape(1) - part.start
         statistics = (stats.best, stats.total, stats.dot, tempered)
-        kernel.rows(x, *self.head, count, self.vocab, self.scale, statistics, noise, draw.tokens, token, values)
+        with torch.cuda.device_of(x):
+            kernel.rows(x, *self.head, count, self.vocab, self.scale, statistics, noise, draw.tokens, token, values)
         return HeadStats(token, *values)
 
 

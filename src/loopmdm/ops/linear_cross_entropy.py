@@ -221,7 +221,8 @@ def _chunked_op(
                 from ..kernels import linear_cross_entropy as kernel
 
                 tile = {name: value for name, value in zip(("block", "warps"), config[1:], strict=True) if value}
-                kernel.softmax_minus_onehot_(logits, targets[part], factor, nll[part], any(taken), tile)
+                with torch.cuda.device_of(logits):
+                    kernel.softmax_minus_onehot_(logits, targets[part], factor, nll[part], any(taken), tile)
             else:
                 _softmax_minus_onehot_(logits, targets[part], factor, nll[part], any(taken), banned)
             if taken[0]:

@@ -152,7 +152,8 @@ def of_rows(vector: Tensor, x: Tensor) -> Tensor:
     """A vector [D], or [P, D] of P sequences, as what x [..., D] can be multiplied with."""
     if vector.dim() == 1:
         return vector
-    return vector.repeat_interleave(x.shape[:-1].numel() // max(1, len(vector)), dim=0).view(*x.shape[:-1], -1)
+    each = x.shape[:-1].numel() // max(1, len(vector))
+    return vector.repeat_interleave(each, dim=0).view(*x.shape[:-1], vector.shape[-1])
 
 
 def copy_of(out: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -204,18 +205,19 @@ def _fused_op(
     copy = torch.empty(x.shape if has_copy else 0, dtype=h.dtype, device=x.device)
     squares = torch.empty(*x.shape[:-1], -(-dim // GROUP), dtype=torch.float32, device=x.device)
     vectors: Any = [None if t is None else t.contiguous() for t in (bias, gate, less, copy_gain)]
-    kernel.forward(
-        h.contiguous().view(-1, h.shape[-1]),
-        weight.contiguous(),
-        *vectors,
-        x,
-        out,
-        copy if has_copy else None,
-        squares,
-        tile_config(tile),
-        compute_dtype(h),
-        ready,
-    )
+    with torch.cuda.device_of(x):
+        kernel.forward(
+            h.contiguous().view(-1, h.shape[-1]),
+            weight.contiguous(),
+            *vectors,
+            x,
+            out,
+            copy if has_copy else None,
+            squares,
+            tile_config(tile),
+            compute_dtype(h),
+            ready,
+        )
     return out, copy, squares
 
 

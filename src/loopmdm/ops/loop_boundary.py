@@ -148,19 +148,20 @@ def _fused_op(
     copy = torch.empty(x.shape if has_copy else 0, dtype=dtype, device=x.device)
     squares = torch.empty(*x.shape[:-1], -(-dim // GROUP), dtype=torch.float32, device=x.device)
     change = torch.empty((*x.shape[:-1], 2) if previous is not None else 0, dtype=torch.float32, device=x.device)
-    kernel.forward(
-        x.view(-1, dim),
-        x0,
-        gain,
-        copy_gain,
-        previous,
-        out if x0 is not None else None,
-        copy if has_copy else None,
-        squares,
-        change if previous is not None else None,
-        eps,
-        {name: value for name, value in (("rows", rows), ("warps", warps)) if value},
-    )
+    with torch.cuda.device_of(x):
+        kernel.forward(
+            x.view(-1, dim),
+            x0,
+            gain,
+            copy_gain,
+            previous,
+            out if x0 is not None else None,
+            copy if has_copy else None,
+            squares,
+            change if previous is not None else None,
+            eps,
+            {name: value for name, value in (("rows", rows), ("warps", warps)) if value},
+        )
     return out, copy, squares, change
 
 

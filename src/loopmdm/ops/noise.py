@@ -84,7 +84,8 @@ def gumbel_rows(
     if impl == "triton":
         from ..kernels import noise as kernel
 
-        kernel.gumbel_rows(seeds, steps, positions, first, out, stream)
+        with torch.cuda.device_of(seeds):
+            kernel.gumbel_rows(seeds, steps, positions, first, out, stream)
         return out
     where = (t.data_ptr() for t in (seeds, steps, positions, first, out))
     extension().gumbel_cpu(*where, len(first), count, stream, torch.get_num_threads())

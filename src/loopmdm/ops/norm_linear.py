@@ -128,7 +128,9 @@ def _check(
             f"{weight.shape[0]} columns of weight"
         )
     tables = [t for t in (heads.cos, heads.sin) if t is not None]
-    if len(tables) == 1 or any(t.ndim != 2 or t.shape[1] != heads.dim // 2 or not len(t) for t in tables):
+    if len(tables) == 1 or any(
+        t.ndim != 2 or t.shape[1] != heads.dim // 2 or (not len(t) and x.numel()) for t in tables
+    ):
         raise InputError(f"norm_linear: cos and sin must both be [P, {heads.dim // 2}] or both None")
     if len(tables) == 2 and tables[0].shape != tables[1].shape:
         raise InputError(f"norm_linear: cos is {list(tables[0].shape)} and sin {list(tables[1].shape)}")
@@ -181,7 +183,7 @@ def _turn(y: Tensor, heads: Heads, eps: float) -> Tensor:
         if gain is not None and heads.norm_first:
             parts[i] = F.rms_norm(parts[i], (heads.dim,), gain.to(y), eps)
         if heads.cos is not None and heads.sin is not None:
-            row = torch.arange(len(y), device=y.device) % len(heads.cos)
+            row = torch.arange(len(y), device=y.device) % max(1, len(heads.cos))
             cos, sin = heads.cos[row, None].to(y), heads.sin[row, None].to(y)
             a, b = parts[i].unflatten(-1, (-1, 2)).unbind(-1)
             parts[i] = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
@@ -214,19 +216,20 @@ def _fused_op(
     out = torch.empty(*x.shape[:-1], width // 2 if act == "swiglu" else width, dtype=x.dtype, device=x.device)
     cos, sin, q_gain, k_gain = (None if t is None else t.contiguous() for t in (cos, sin, q_gain, k_gain))
     H, G, dim = shape
-    kernel.forward(
-        x.contiguous().view(-1, x.shape[-1]),
-        None if squares is None else squares.contiguous(),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        out,
-        eps,
-        act,
-        Heads(H, G, dim, cos, sin, q_gain, k_gain, norm_first) if dim else None,
-        tile_config(tile),
-        compute_dtype(x),
-        ready,
-    )
+    with torch.cuda.device_of(x):
+        kernel.forward(
+            x.contiguous().view(-1, x.shape[-1]),
+            None if squares is None else squares.contiguous(),
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            out,
+            eps,
+            act,
+            Heads(H, G, dim, cos, sin, q_gain, k_gain, norm_first) if dim else None,
+            tile_config(tile),
+            compute_dtype(x),
+            ready,
+        )
     return out
 
 

@@ -194,7 +194,8 @@ def _forward_op(
     from ..kernels import residual_norm as kernel
 
     branch, weight, bias = (None if t is None else t.contiguous() for t in (branch, weight, bias))
-    return kernel.forward(x.contiguous(), branch, weight, bias, centre, eps, out_dtype, _config(rows, warps))
+    with torch.cuda.device_of(x):
+        return kernel.forward(x.contiguous(), branch, weight, bias, centre, eps, out_dtype, _config(rows, warps))
 
 
 @_forward_op.register_fake
@@ -224,18 +225,19 @@ def _backward_op(
 
     dsummed = None if dsummed is None else dsummed.contiguous()
     weight = None if weight is None else weight.contiguous()
-    return kernel.backward(
-        dsummed,
-        dnormed.contiguous(),
-        summed.contiguous(),
-        weight,
-        mean,
-        rstd,
-        centre,
-        has_bias,
-        branch_dtype,
-        _config(rows, warps),
-    )
+    with torch.cuda.device_of(summed):
+        return kernel.backward(
+            dsummed,
+            dnormed.contiguous(),
+            summed.contiguous(),
+            weight,
+            mean,
+            rstd,
+            centre,
+            has_bias,
+            branch_dtype,
+            _config(rows, warps),
+        )
 
 
 @_backward_op.register_fake
