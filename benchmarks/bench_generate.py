@@ -37,8 +37,8 @@ ARMS = {
     "loopmdm, bf16, against bf16": ("loopmdm", BF16),
 }
 CASES = {  # size: (sequences, tokens given, tokens generated, steps, rounds)
-    "tiny": (2, 16, 64, 16, 7),
-    "llama-512": (1, 0, 256, 64 if CUDA else 4, 7 if CUDA else 3),
+    "tiny": (2, 16, 64, 8, 5),
+    "llama-512": (1, 0, 256, 64 if CUDA else 2, 7 if CUDA else 3),
     "llama-512, 64 steps": (1, 0, 256, 64, 5),
 }
 SLOW = pytest.mark.slow

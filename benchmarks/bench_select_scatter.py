@@ -57,7 +57,7 @@ def agree(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("impl", ["torch", OURS])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("rows", "cols"), SIZES, ids=str)
+@pytest.mark.parametrize(("rows", "cols"), SIZES[1:3], ids=str)
 def test_select_scatter(benchmark: Any, rows: int, cols: int, rule: str, impl: str) -> None:
     given = problem(rows, cols, rule, 0)
     agree(given)

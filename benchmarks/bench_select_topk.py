@@ -42,7 +42,7 @@ def problem(rows, cols, seed=0):
         pytest.param("cuda", "cuda", marks=NEEDS_CUDA),
     ],
 )
-@pytest.mark.parametrize(("rows", "cols"), SIZES[:-1], ids=lambda n: str(n))
+@pytest.mark.parametrize(("rows", "cols"), SIZES[3:7:3], ids=lambda n: str(n))
 def test_select_topk(benchmark, rows, cols, device, impl):
     inputs = [tensor.to(device) for tensor in problem(rows, cols)]
     assert torch.equal(select_topk(*inputs, impl=impl), select_topk(*inputs, impl="torch"))

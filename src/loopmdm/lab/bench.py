@@ -22,10 +22,10 @@ SHARED = ("device", "threads", "versions", "revision")
 Row = dict[str, Any]
 
 HEADLINES = (
-    r"^generate, .*64 steps.* \| loopmdm",
-    r"^(head and unmask|unmask step).* \| ",
-    r"^loss.* \| ",
-    r"^looped block, forward: paper-170m, S = (4|12).* \| ",
+    r"^generate, .*: (llama|paper).* \| loopmdm",
+    r"^head and unmask: V 50258.* \| (dream|compile|fused|loopmdm)",
+    r"^loss.*: 4096 positions.* \| (gather_then_head|chunked)",
+    r"^looped block, forward: (paper-170m|llama-1024), S = (4|12).* \| (compile|loopmdm|fused|graph)",
 )
 """Groups and arms of the README's table."""
 
@@ -215,7 +215,7 @@ def summary(folder: str | Path, wanted: Sequence[str] = ()) -> str:
         what = "median time, times faster" if gpu else "times faster (95% interval)"
         lines += [
             f"{results['device']}, {results['threads']} threads, torch {results['versions']['torch']}, "
-            f"revision {results['revision']}, {results['date']}:",
+            f"revision {str(results['revision'])[:10]}, {results['date']}:",
             "",
             f"| measured | arm | {what} | tokens/s |",
             "|---|---|---|---|",

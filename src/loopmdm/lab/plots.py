@@ -256,15 +256,18 @@ def ratios(path: Path, results: dict[str, Any]) -> None:
         axis.barh(range(len(chosen)), [m - 1 for m in middle], left=1, color=colours, xerr=bars, height=0.6)
         axis.set_yticks(range(len(chosen)), labels, fontsize=7)
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        marks = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
+        axis.set_xticks(marks, [f"{mark:g}x" for mark in marks])
+        axis.set_xlim(0.9 * min(1, *(row["ratio_low"] for row in rows)), 1.1 * max(1, *(r["ratio_high"] for r in rows)))
         axis.xaxis.set_minor_formatter(lambda value, _: "")
         axis.axvline(1, color=LIMIT, linewidth=0.8)
         axis.set_title(f"{kind}: times faster than the reference", loc="left", fontsize=9)
-    _save(figure, path, f"{results['device']}, {results['threads']} threads, revision {results['revision']}")
+    title = f"{results['device']}, {results['threads']} threads, revision {str(results['revision'])[:10]}"
+    _save(figure, path, title, 1 - 0.1 / sum(heights))
 
 
-def _save(figure: Any, path: Path, title: str) -> None:
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
+def _save(figure: Any, path: Path, title: str, top: float = 0.98) -> None:
+    figure.suptitle(title, fontsize=11, y=top, va="top")
+    figure.tight_layout(rect=(0, 0, 1, 1 if top == 0.98 else 2 * top - 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
