@@ -204,12 +204,15 @@ def _fused_op(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     copy = torch.empty(x.shape if has_copy else 0, dtype=h.dtype, device=x.device)
     squares = torch.empty(*x.shape[:-1], -(-dim // GROUP), dtype=torch.float32, device=x.device)
-    vectors: Any = [None if t is None else t.contiguous() for t in (bias, gate, less, copy_gain)]
+    bias, gate, less, copy_gain = (None if t is None else t.contiguous() for t in (bias, gate, less, copy_gain))
     with torch.cuda.device_of(x):
         kernel.forward(
             h.contiguous().view(-1, h.shape[-1]),
             weight.contiguous(),
-            *vectors,
+            bias,
+            gate,
+            less,
+            copy_gain,
             x,
             out,
             copy if has_copy else None,
