@@ -18,7 +18,7 @@ KEPT = json.loads(counters.PATH.read_text())
 ROOT = Path(__file__).parents[1]
 
 # Instructions of the selection launchers in the driver's run (tests/gate/driver.cpp), by compiler at -O2.
-INSTRUCTIONS = {"12.2.0": 138_400_000}
+INSTRUCTIONS = {"12.2.0": 405_522_210}
 
 
 @pytest.mark.skipif(
@@ -49,14 +49,14 @@ def compiler() -> str:
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
 @pytest.mark.skipif(compiler() not in INSTRUCTIONS, reason=f"counted with g++ {', '.join(INSTRUCTIONS)} only")
 def test_selection_takes_no_more_instructions(tmp_path):
-    """Within 3%: the last of the driver's runs has three threads, whose share of the work varies."""
+    """On one thread, since what several do varies; 1% for other versions of libstdc++ and valgrind."""
     sources = [str(ROOT / "tests/gate/driver.cpp"), str(ROOT / "csrc/unmask_cpu.cpp")]
     flags = ["-std=c++17", "-O2", "-pthread", f"-I{ROOT / 'csrc'}", "-o", str(tmp_path / "driver")]
     subprocess.run(["g++", *flags, *sources], check=True)
     counted = [f"--toggle-collect=loopmdm::{name}_cpu*" for name in ("select_topk", "select_scatter", "compact")]
-    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *counted, str(tmp_path / "driver")]
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *counted, str(tmp_path / "driver"), "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = re.search(r"Collected : (\d+)", done.stderr)
     assert found is not None
-    assert int(found[1]) == pytest.approx(INSTRUCTIONS[compiler()], rel=0.03)
+    assert int(found[1]) == pytest.approx(INSTRUCTIONS[compiler()], rel=0.01)

@@ -75,9 +75,10 @@ void run(int64_t rows, int64_t cols, int threads) {
 
 }  // namespace
 
-int main() {
+// Any argument keeps it to one thread, for counting instructions.
+int main(int count, char**) {
     for (const int64_t cols : {0, 1, 2, 31, 127, 128, 129, 1025})
         for (const int64_t rows : {0, 1, 3, 8}) run(rows, cols, 1);
-    run(5, 16411, 3);
+    run(5, 16411, count > 1 ? 1 : 3);
     std::printf("%016llx\n", static_cast<unsigned long long>(digest));
 }
