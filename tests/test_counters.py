@@ -54,8 +54,8 @@ def test_selection_takes_no_more_instructions(tmp_path):
     flags = ["-std=c++17", "-O2", "-pthread", f"-I{ROOT / 'csrc'}", "-o", str(tmp_path / "driver")]
     subprocess.run(["g++", *flags, *sources], check=True)
     counted = [f"--toggle-collect=loopmdm::{name}_cpu*" for name in ("select_topk", "select_scatter", "compact")]
-    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *counted, str(tmp_path / "driver"), "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *counted]
+    done = subprocess.run([*command, str(tmp_path / "driver"), "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = re.search(r"Collected : (\d+)", done.stderr)
     assert found is not None
