@@ -3,7 +3,7 @@
     pytest benchmarks/bench_residual_norm.py --benchmark-only
 
 Arms: "eager", the formula written out in torch, one kernel an operation; "torch", the op's reference; "triton", the
-fused kernel (CUDA only). `bytes` is what the fused operation must move.
+fused kernel (CUDA only); "cpp", the same on a CPU, forward alone. `bytes` is what the fused operation must move.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from loopmdm.ops.residual_norm import residual_norm
 from .frame import CUDA, DEVICE, Run, race, rotated, within
 
 SHAPES = [(256, 512), (4096, 768), (65536, 768), (4096, 4096)] if CUDA else [(36 * 64, 64), (256, 768)]
+CPU_ONLY = pytest.mark.skipif(CUDA, reason="impl=cpp runs on a CPU")
 # normed is what the next GEMM reads: bf16 on a GPU, and fp32 on a CPU, where the model trains in fp32
 OUT = torch.bfloat16 if CUDA else torch.float32
 NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="impl=triton needs a CUDA device")
-ARMS = ["eager", "torch", pytest.param("triton", marks=NEEDS_CUDA)]
+ARMS = ["eager", "torch", pytest.param("triton", marks=NEEDS_CUDA), pytest.param("cpp", marks=CPU_ONLY)]
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,8 @@ def training(run: Callable[..., tuple[Tensor, Tensor]], grads: list[Tensor]) -> 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 @pytest.mark.parametrize("rows, dim", SHAPES)
 def test_residual_norm(benchmark: Any, rows: int, dim: int, kind: str, step: str, name: str) -> None:
+    if name == "cpp" and step == "training":
+        pytest.skip("impl=cpp has no backward")
     benchmark.group = f"residual_norm, {kind}, {step}: {rows} rows, d {dim}"
     benchmark.name = name
     grads = [torch.randn(rows, dim, device=DEVICE), torch.randn(rows, dim, device=DEVICE).to(OUT)]

@@ -5,6 +5,7 @@
 #include <array>
 
 #include "head.h"
+#include "layer.h"
 #include "unmask.h"
 
 #ifndef LOOPMDM_CUDA_VERSION
@@ -59,17 +60,34 @@ PYBIND11_MODULE(_C, m) {
              py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("suppressed"), py::arg("rows"),
              py::arg("vocab"), py::arg("dim"), py::arg("stride"), py::arg("n_suppressed"), py::arg("is_bf16"));
     m.def("head_groups_cpu", &loopmdm::head_groups_cpu, unlocked, py::arg("head"), py::arg("scale"), py::arg("best"),
-          py::arg("total"), py::arg("dot"), py::arg("tempered"), py::arg("threads"));
+          py::arg("total"), py::arg("dot"), py::arg("tempered"), py::arg("second"), py::arg("at"), py::arg("threads"));
     m.def("head_inside_cpu", &loopmdm::head_inside_cpu, unlocked, py::arg("head"), py::arg("group"), py::arg("out"),
           py::arg("per"), py::arg("threads"));
     m.def("head_rows_cpu", [](const loopmdm::Head& head, float scale, uintptr_t best, uintptr_t total, uintptr_t dot,
-                              uintptr_t tempered, uintptr_t seeds, uintptr_t steps, uintptr_t positions,
-                              uintptr_t judged, uintptr_t token, uintptr_t values, int threads) {
-        loopmdm::head_rows_cpu(head, scale, best, total, dot, tempered, {seeds, steps, positions}, judged, token, values,
-                               threads);
+                              uintptr_t tempered, uintptr_t second, uintptr_t at, uintptr_t seeds, uintptr_t steps,
+                              uintptr_t positions, uintptr_t judged, uintptr_t token, uintptr_t values, int threads) {
+        loopmdm::head_rows_cpu(head, scale, best, total, dot, tempered, second, at, {seeds, steps, positions}, judged,
+                               token, values, threads);
     }, unlocked);
     m.def("gumbel_cpu", &loopmdm::gumbel_cpu, unlocked, py::arg("seeds"), py::arg("steps"), py::arg("positions"),
           py::arg("first"), py::arg("out"), py::arg("rows"), py::arg("count"), py::arg("stream"), py::arg("threads"));
+    m.def("cpu_level", &loopmdm::cpu_level, "1 plain, 3 AVX2, 4 AVX-512, 5 with its bf16 products.");
+    // Pointers and sizes in the order of RotaryAttention and NormRows.
+    m.def("rotary_attention_cpu", [](const std::array<uintptr_t, 9>& p, const std::array<int64_t, 6>& n,
+                                     const std::array<int64_t, 9>& at, const std::array<int64_t, 4>& shared,
+                                     const std::array<bool, 4>& is, int threads) {
+        loopmdm::rotary_attention_cpu({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], n[0], n[1], n[2], n[3], n[4],
+                                       n[5], {at[0], at[1], at[2]}, {at[3], at[4], at[5]}, {at[6], at[7], at[8]},
+                                       shared[0], shared[1], shared[2], shared[3], is[0], is[1], is[2], is[3]},
+                                      threads);
+    }, unlocked);
+    m.def("residual_norm_cpu", [](const std::array<uintptr_t, 6>& p, const std::array<int64_t, 5>& n, float eps,
+                                  const std::array<bool, 6>& is, int threads) {
+        loopmdm::residual_norm_cpu({p[0], p[1], p[2], p[3], p[4], p[5], n[0], n[1], n[2], n[3], n[4], eps, is[0], is[1],
+                                    is[2], is[3], is[4], is[5]},
+                                   threads);
+    }, unlocked);
+    m.def("activation_cpu", &loopmdm::activation_cpu, unlocked);
 #ifdef LOOPMDM_CUDA
     m.attr("has_cuda") = true;
     m.def("select_topk_cuda", &loopmdm::select_topk_cuda, unlocked, py::arg("keys"), py::arg("eligible"), py::arg("k"),

@@ -17,9 +17,9 @@ struct Head {
 
 // Of each row and group, [rows][ceil(vocab / 128)]: best, the largest logit (-inf: none); total, the sum of
 // 2^24 exp(logit - best) rounded to integers; dot, the sum of 2^24 exp(logit - best) (logit - best); tempered (may be 0),
-// as total with the exponents times scale.
+// as total with the exponents times scale; second, the second largest logit; at, the largest one's place in the group.
 void head_groups_cpu(const Head& head, float scale, uintptr_t best, uintptr_t total, uintptr_t dot, uintptr_t tempered,
-                     int threads);
+                     uintptr_t second, uintptr_t at, int threads);
 // out fp32 [rows][per][128]: the logits of the groups group[row][i], int64, -inf beyond the vocabulary; the same bits
 // that head_groups_cpu saw.
 void head_inside_cpu(const Head& head, uintptr_t group, uintptr_t out, int64_t per, int threads);
@@ -31,7 +31,8 @@ struct Noise {
 // `total` where scale is 1. With noise a token is drawn, else it is the likeliest; judged (may be 0) int64 [rows]: where
 // >= 0, that token instead. A row without a finite logit gets -1.
 void head_rows_cpu(const Head& head, float scale, uintptr_t best, uintptr_t total, uintptr_t dot, uintptr_t tempered,
-                   const Noise& noise, uintptr_t judged, uintptr_t token, uintptr_t values, int threads);
+                   uintptr_t second, uintptr_t at, const Noise& noise, uintptr_t judged, uintptr_t token,
+                   uintptr_t values, int threads);
 // out fp32 [rows][count]: gumbel(seed, step, position, first + j, stream); all but out int64 [rows].
 void gumbel_cpu(uintptr_t seeds, uintptr_t steps, uintptr_t positions, uintptr_t first, uintptr_t out, int64_t rows,
                 int64_t count, int64_t stream, int threads);

@@ -6,8 +6,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math")  // changes no number, and lets loops with conditions be vectors
+#endif
 #include "head.h"
 #include "noise.h"
 #include "parallel.h"
@@ -16,8 +20,9 @@
 namespace loopmdm {
 namespace {
 
-constexpr int64_t kBlock = 512;  // vocabulary ids of one task: its weights lie in the second cache
-constexpr int64_t kRows = 128;   // rows of one task: their logits too
+constexpr int64_t kBlock = 512;  // vocabulary ids of one task
+constexpr int64_t kRows = 128;   // rows of one task: they lie in the second cache
+constexpr int64_t kFew = 8;      // fewer rows than these are no vector's lanes
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
@@ -62,26 +67,65 @@ FUSED V4 PRODUCT(product_bf16_v4, true, 64, (tile<v16, u16, true, 4, 4>), (tile<
 BF16 PRODUCT(product_bf16_dot, true, 64, (tile_dot<6, 4>), (tile_dot<1, 4>), 6)
 #endif
 
-// The statistics of one group: 8 vectors, every lane a logit.
-// Over the 16 lanes, halves first.
-#define REDUCE(name, T, V, H, Q, combine)                                                                             \
-    INLINE T name(V x) {                                                                                              \
-        const H a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);                                            \
-        const H b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);                                      \
-        const H h = combine(a, b);                                                                                    \
-        const Q c = __builtin_shufflevector(h, h, 0, 1, 2, 3), d = __builtin_shufflevector(h, h, 4, 5, 6, 7);         \
-        const Q q = combine(c, d), r = __builtin_shufflevector(q, q, 2, 3, 0, 1), s = combine(q, r);                  \
-        const T y = s[0], z = s[1];                                                                                   \
-        return combine(y, z);                                                                                         \
+// For many rows: a panel holds 64 of them side by side, and the weights are read as they lie. out[slice][id][16 rows].
+// TILE(R, C), and TILE(S, D) for 16 rows. From `next` on as many bytes are fetched as are read.
+#define SWEEP(TILE, R, C)                                                                                             \
+    for (int64_t id = 0; id < ids; id += ids < R ? 1 : R) {                                                           \
+        const int64_t from = ids < R ? id : std::min<int64_t>(id, ids - R);                                           \
+        float* to = out + c * kSpan + from * 16;                                                                      \
+        if (ids < R) TILE(1, C)(w + from * bytes, bytes, panel + c, bytes, to, 16, 16 * kSpan, next + from * bytes);  \
+        else TILE(R, C)(w + from * bytes, bytes, panel + c, bytes, to, 16, 16 * kSpan, next + from * bytes);          \
     }
-#define PLUS(a, b) ((a) + (b))
-#define LARGER(a, b) ((a) > (b) ? (a) : (b))
-REDUCE(sum, float, v16, v8, v4, PLUS)
-REDUCE(sum, uint32_t, u16, u8, u4, PLUS)
-REDUCE(largest, float, v16, v8, v4, LARGER)
+#define ACROSS(name, TILE, R, C, S, D, columns)                                                                 \
+    void name(const char* w, int64_t ids, int64_t bytes, const uint32_t* panel, int64_t rows, float* out,            \
+              const char* next) {                                                                                     \
+        for (int64_t c = 0; c < rows;) {                                                                              \
+            if (rows - c > columns - 16) {                                                                            \
+                SWEEP(TILE, R, C)                                                                                     \
+                c += columns;                                                                                         \
+            } else {                                                                                                  \
+                SWEEP(TILE, S, D)                                                                                     \
+                c += 16;                                                                                              \
+            }                                                                                                         \
+        }                                                                                                             \
+    }
+#define FP32_V1(R, C) tile<v4, u4, false, R, C, true>
+#define BF16_V1(R, C) tile<v4, u4, true, R, C, true>
+#define FP32_V3(R, C) tile<v8, u8, false, R, C, true>
+#define BF16_V3(R, C) tile<v8, u8, true, R, C, true>
+#define FP32_V4(R, C) tile<v16, u16, false, R, C, true>
+#define BF16_V4(R, C) tile<v16, u16, true, R, C, true>
+#define BF16_DOT(R, C) tile_dot<R, C, true>
+#define PACK(name, wide)                                                                                              \
+    void name(const char* x, int64_t stride, int64_t rows, int64_t bytes, uint32_t* panel) {                          \
+        pack<wide>(x, stride, rows, bytes, panel);                                                                    \
+    }
 
-INLINE void group(const float* logits, int64_t n, const float* bias, float scale, float* best, uint32_t* total,
-                  float* dot, uint32_t* tempered) {
+FUSED ACROSS(across_fp32, FP32_V1, 2, 4, 2, 4, 16)
+FUSED ACROSS(across_bf16, BF16_V1, 2, 4, 2, 4, 16)
+PACK(side_by_side, false)
+#ifdef LOOPMDM_X86
+FUSED V3 ACROSS(across_fp32_v3, FP32_V3, 6, 2, 6, 2, 16)
+FUSED V3 ACROSS(across_bf16_v3, BF16_V3, 4, 2, 4, 2, 16)
+FUSED V4 ACROSS(across_fp32_v4, FP32_V4, 4, 4, 8, 1, 64)
+FUSED V4 ACROSS(across_bf16_v4, BF16_V4, 4, 4, 8, 1, 64)
+BF16 ACROSS(across_bf16_dot, BF16_DOT, 4, 4, 8, 1, 64)
+V4 PACK(side_by_side_v4, true)
+#endif
+
+// What is kept of a group, one number a row.
+struct Kept {
+    float *best, *dot, *second;
+    uint32_t *total, *tempered, *at;  // tempered may be null
+};
+
+INLINE v16 cleaned(v16 x) {
+    x = x > kLargest ? (v16){} + kLargest : x;
+    return x == x ? x : (v16){} + kLowest;
+}
+
+// The statistics of one group of one row: 8 vectors, every lane a logit.
+INLINE void group(const float* logits, int64_t n, const float* bias, float scale, const Kept& to) {
     float padded[2][kSpan];
     if (n < kSpan) {
         for (int64_t i = 0; i < kSpan; ++i) padded[0][i] = i < n ? logits[i] : kLowest;
@@ -91,19 +135,28 @@ INLINE void group(const float* logits, int64_t n, const float* bias, float scale
         }
         logits = padded[0];
     }
-    v16 x[8], most = (v16){} + kLowest;
+    v16 x[8], most = (v16){} + kLowest, next = most;
+    i16 where = {};
     for (int i = 0; i < 8; ++i) {
         x[i] = load<v16>(logits + 16 * i);
         if (bias) x[i] += load<v16>(bias + 16 * i);
-        x[i] = x[i] > kLargest ? (v16){} + kLargest : x[i];
-        x[i] = x[i] == x[i] ? x[i] : (v16){} + kLowest;
-        most = x[i] > most ? x[i] : most;
+        x[i] = cleaned(x[i]);
+        const i16 better = x[i] > most;
+        const v16 less = better ? most : x[i];
+        next = less > next ? less : next;
+        where = better ? (i16){} + i : where;
+        most = better ? x[i] : most;
     }
     const float top = largest(most);
-    *best = top;
+    int64_t at = kSpan;
+    for (int lane = 0; lane < 16; ++lane)
+        if (most[lane] == top) at = std::min<int64_t>(at, 16 * where[lane] + lane);
+    float rest[16];
+    for (int lane = 0; lane < 16; ++lane) rest[lane] = lane == at % 16 ? next[lane] : most[lane];
+    *to.best = top, *to.second = largest(load<v16>(rest)), *to.at = static_cast<uint32_t>(at);
     if (top == kLowest) {
-        *total = 0, *dot = 0;
-        if (tempered) *tempered = 0;
+        *to.total = 0, *to.dot = 0;
+        if (to.tempered) *to.tempered = 0;
         return;
     }
     u16 counted = {}, warm = {};
@@ -113,23 +166,64 @@ INLINE void group(const float* logits, int64_t n, const float* bias, float scale
         const v16 e = exp24(t);
         counted += (u16)__builtin_convertvector(e + 0.5f, i16);
         weighted += e * (t > -87.0f ? t : (v16){} - 87.0f);
-        if (tempered) warm += (u16)__builtin_convertvector(exp24(t * scale) + 0.5f, i16);
+        if (to.tempered) warm += (u16)__builtin_convertvector(exp24(t * scale) + 0.5f, i16);
     }
-    *total = sum(counted);
-    *dot = sum(weighted);
-    if (tempered) *tempered = sum(warm);
+    *to.total = sum(counted);
+    *to.dot = sum(weighted);
+    if (to.tempered) *to.tempered = sum(warm);
+}
+
+// The same of 16 rows, x [128 ids][16 rows]: every lane a row, the sums in the same order.
+INLINE void columns(float* x, int64_t n, const float* bias, float scale, const Kept& to) {
+    v16 top = (v16){} + kLowest, second = top;
+    i16 where = {};
+    for (int64_t v = 0; v < n; ++v) {
+        v16 y = load<v16>(x + 16 * v);
+        if (bias) y += bias[v];
+        y = cleaned(y);
+        memcpy(x + 16 * v, &y, sizeof y);
+        const i16 better = y > top;
+        const v16 less = better ? top : y;
+        second = less > second ? less : second;
+        where = better ? (i16){} + static_cast<int>(v) : where;
+        top = better ? y : top;
+    }
+    for (int64_t v = 16 * n; v < 16 * kSpan; ++v) x[v] = kLowest;
+    u16 counted = {}, warm = {};
+    v16 part[16];
+    for (int c = 0; c < 16; ++c) {
+        v16 weighted = {};
+        for (int v = c; v < kSpan; v += 16) {
+            v16 t = load<v16>(x + 16 * v) - top;
+            const v16 e = exp24(t);
+            counted += (u16)__builtin_convertvector(e + 0.5f, i16);
+            weighted += e * (t > -87.0f ? t : (v16){} - 87.0f);
+            if (to.tempered) warm += (u16)__builtin_convertvector(exp24(t * scale) + 0.5f, i16);
+        }
+        part[c] = weighted;
+    }
+    for (int c = 0; c < 8; ++c) part[c] += part[c + 8];
+    for (int c = 0; c < 4; ++c) part[c] += part[c + 4];
+    const v16 dot = (part[0] + part[2]) + (part[1] + part[3]);
+    const auto put = [](void* at, auto value) __attribute__((always_inline)) { memcpy(at, &value, sizeof value); };
+    put(to.best, top), put(to.second, second), put(to.at, where);
+    put(to.total, counted), put(to.dot, (u16)dot & (u16)(top > kLowest));  // without a logit all counts are 0
+    if (to.tempered) put(to.tempered, warm);
 }
 
 #define GROUPS(name)                                                                                                  \
-    void name(const float* logits, int64_t n, const float* bias, float scale, float* best, uint32_t* total,          \
-              float* dot, uint32_t* tempered) {                                                                       \
-        for (; n > 0; n -= kSpan, logits += kSpan, ++best, ++total, ++dot) {                                          \
-            group(logits, std::min(n, kSpan), bias, scale, best, total, dot, tempered);                               \
+    void name(const float* logits, int64_t n, const float* bias, float scale, Kept to) {                              \
+        for (; n > 0; n -= kSpan, logits += kSpan) {                                                                  \
+            group(logits, std::min(n, kSpan), bias, scale, to);                                                       \
+            ++to.best, ++to.dot, ++to.second, ++to.total, ++to.at;                                                    \
             if (bias) bias += kSpan;                                                                                  \
-            if (tempered) ++tempered;                                                                                 \
+            if (to.tempered) ++to.tempered;                                                                           \
         }                                                                                                             \
     }
+#define COLUMNS(name)                                                                                                 \
+    void name(float* x, int64_t n, const float* bias, float scale, const Kept& to) { columns(x, n, bias, scale, to); }
 GROUPS(groups)
+COLUMNS(sixteen)
 
 // 64 numbers of consecutive indices from a multiple of 4; left to the compiler to vectorise.
 INLINE void gumbel64(uint32_t k0, uint32_t k1, uint32_t step, uint32_t position, uint32_t block, uint32_t stream,
@@ -165,17 +259,74 @@ INLINE void gumbel64(uint32_t k0, uint32_t k1, uint32_t step, uint32_t position,
     }
 GUMBELS(gumbels)
 
+// key[g] += a group's log-sum-exp over T.
+#define LEVELS(name)                                                                                                  \
+    void name(const float* best, const uint32_t* total, int64_t n, float top, float scale, float* key) {              \
+        for (int64_t g = 0; g < n; ++g) {                                                                             \
+            const float level = (best[g] - top) * scale + log_fp32(static_cast<float>(total[g]) * 0x1p-24f);          \
+            key[g] = best[g] > kLowest ? level + key[g] : kLowest;                                                    \
+        }                                                                                                             \
+    }
+LEVELS(levels)
+
+// Of a row's groups the sums of 2^48 exp(logit - top), and of that times (logit - top).
+typedef double d8 __attribute__((vector_size(64)));
+struct Sums {
+    double mass, weighted;
+};
+#define HALF(x, h) __builtin_convertvector(h ? __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)            \
+                                             : __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), d8)
+#define TOTALS(name)                                                                                                  \
+    Sums name(const float* best, const uint32_t* total, const float* dot, int64_t n, float top) {                     \
+        d8 mass = {}, weighted = {};                                                                                  \
+        for (int64_t g = 0; g < n; g += 16) {                                                                         \
+            float b[16], d[16];                                                                                       \
+            uint32_t c[16];                                                                                           \
+            if (n - g < 16) {                                                                                         \
+                for (int64_t i = 0; i < 16; ++i) {                                                                    \
+                    const bool in = g + i < n;                                                                        \
+                    b[i] = in ? best[g + i] : kLowest, c[i] = in ? total[g + i] : 0, d[i] = in ? dot[g + i] : 0.0f;   \
+                }                                                                                                     \
+            }                                                                                                         \
+            const bool whole = n - g >= 16;                                                                           \
+            v16 t = load<v16>(whole ? best + g : b) - top;                                                            \
+            t = t > -87.0f ? t : (v16){} - 87.0f;                                                                     \
+            const v16 e = exp24(t), more = load<v16>(whole ? dot + g : d);                                            \
+            const u16 count = load<u16>(whole ? total + g : c);                                                       \
+            for (int h = 0; h < 2; ++h) {                                                                             \
+                const d8 m = HALF(e, h), k = HALF(count, h);                                                          \
+                mass += m * k;                                                                                        \
+                weighted += m * (HALF(t, h) * k + HALF(more, h));                                                     \
+            }                                                                                                         \
+        }                                                                                                             \
+        Sums s = {0, 0};                                                                                              \
+        for (int i = 0; i < 8; ++i) s.mass += mass[i], s.weighted += weighted[i];                                     \
+        return s;                                                                                                     \
+    }
+TOTALS(totals)
+
 #ifdef LOOPMDM_X86
 V3 GROUPS(groups_v3)
 V4 GROUPS(groups_v4)
+V3 COLUMNS(sixteen_v3)
+V4 COLUMNS(sixteen_v4)
+V3 LEVELS(levels_v3)
+V4 LEVELS(levels_v4)
+V3 TOTALS(totals_v3)
+V4 TOTALS(totals_v4)
 V3 GUMBELS(gumbels_v3)
 V4 GUMBELS(gumbels_v4)
 #endif
 
 struct Kernels {
     decltype(&product_fp32) fp32 = product_fp32, bf16 = product_bf16;
+    decltype(&across_fp32) many_fp32 = across_fp32, many_bf16 = across_bf16;
+    decltype(&side_by_side) pack = side_by_side;
     decltype(&groups) stats = groups;
+    decltype(&sixteen) stats16 = sixteen;
     decltype(&gumbels) noise = gumbels;
+    decltype(&levels) level = levels;
+    decltype(&totals) add = totals;
 };
 
 // LOOPMDM_CPU_LEVEL, for tests: the best that may be taken, 1 plain, 3 AVX2, 4 AVX-512, 5 its bf16 products as well.
@@ -186,11 +337,14 @@ Kernels choose() {
 #ifdef LOOPMDM_X86
     __builtin_cpu_init();
     if (level >= 3 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        k = {product_fp32_v3, product_bf16_v3, groups_v3, gumbels_v3};
+        k = {product_fp32_v3, product_bf16_v3, across_fp32_v3, across_bf16_v3, side_by_side,
+             groups_v3,       sixteen_v3,      gumbels_v3,     levels_v3,      totals_v3};
     if (level >= 4 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        k = {product_fp32_v4, product_bf16_v4, groups_v4, gumbels_v4};
-        if (level >= 5 && __builtin_cpu_supports("avx512bf16")) k.bf16 = product_bf16_dot;
+        k = {product_fp32_v4, product_bf16_v4, across_fp32_v4, across_bf16_v4, side_by_side_v4,
+             groups_v4,       sixteen_v4,      gumbels_v4,     levels_v4,      totals_v4};
+        if (level >= 5 && __builtin_cpu_supports("avx512bf16"))
+            k.bf16 = product_bf16_dot, k.many_bf16 = across_bf16_dot;
     }
 #endif
     (void)level;
@@ -241,21 +395,74 @@ void inside(const Head& h, int64_t row, int64_t group, float* to) {
 }  // namespace
 
 void head_groups_cpu(const Head& h, float scale, uintptr_t best, uintptr_t total, uintptr_t dot, uintptr_t tempered,
-                     int threads) {
+                     uintptr_t second, uintptr_t at, int threads) {
     const int64_t groups = (h.vocab + kSpan - 1) / kSpan, blocks = (h.vocab + kBlock - 1) / kBlock;
     const int64_t chunks = (h.rows + kRows - 1) / kRows;
+    const int64_t size = h.is_bf16 ? 2 : 4, bytes = h.dim * size, words = (bytes + 3) / 4;
+    const auto* bias = as<const float>(h.bias);
     const int64_t workers = worth(h.rows * h.vocab * (h.weight ? h.dim : 16), threads);
+    const auto kept = [&](int64_t i) {
+        return Kept{as<float>(best) + i,     as<float>(dot) + i, as<float>(second) + i,
+                    as<uint32_t>(total) + i, tempered ? as<uint32_t>(tempered) + i : nullptr, as<uint32_t>(at) + i};
+    };
+    std::unique_ptr<uint32_t[]> packed;  // the rows, 64 of them side by side
+    if (h.weight && h.rows >= kFew) {
+        const int64_t panels = (h.rows + kPanel - 1) / kPanel;
+        packed.reset(new uint32_t[panels * words * kPanel]);
+        parallel(panels, worth(h.rows * words, threads), [&](int64_t p) {
+            kernels.pack(as<const char>(h.x) + p * kPanel * h.stride * size, h.stride * size,
+                         std::min(kPanel, h.rows - p * kPanel), bytes, packed.get() + p * words * kPanel);
+        });
+    }
     parallel(blocks * chunks, workers, [&](int64_t task) {
+        const int64_t first = task / chunks * kBlock, cols = std::min(kBlock, h.vocab - first);
+        const int64_t row = task % chunks * kRows, rows = std::min(kRows, h.rows - row);
         thread_local std::vector<float> scratch;
         scratch.resize(kRows * kBlock);
-        const int64_t first = task % blocks * kBlock, cols = std::min(kBlock, h.vocab - first);
-        const int64_t row = task / blocks * kRows, rows = std::min(kRows, h.rows - row);
-        logits_of(h, row, rows, first, cols, scratch.data(), kBlock);
+        if (!packed || rows < kFew) {
+            logits_of(h, row, rows, first, cols, scratch.data(), kBlock);
+            for (int64_t r = 0; r < rows; ++r)
+                kernels.stats(scratch.data() + r * kBlock, cols, bias ? bias + first : nullptr, scale,
+                              kept((row + r) * groups + first / kSpan));
+            return;
+        }
+        constexpr int64_t kGroups = kBlock / kSpan;
+        thread_local float numbers[3][kRows][kGroups];  // written in one go: other threads write beside them
+        thread_local uint32_t counts[3][kRows][kGroups];
+        alignas(64) float f[3][16];
+        alignas(64) uint32_t u[3][16];
+        const Kept some{f[0], f[1], f[2], u[0], tempered ? u[1] : nullptr, u[2]};
+        const auto* w = as<const char>(h.weight);
+        for (int64_t g = 0; g < cols; g += kSpan) {
+            const int64_t ids = std::min(kSpan, cols - g);
+            for (int64_t r = 0; r < rows; r += kPanel) {
+                const int64_t wide = std::min(kPanel, rows - r);
+                const bool last = r + kPanel >= rows;
+                const int64_t ahead = !last ? first + g : g + kSpan < cols ? first + g + kSpan : first + workers * kBlock;
+                (h.is_bf16 ? kernels.many_bf16 : kernels.many_fp32)(
+                    w + (first + g) * bytes, ids, bytes, packed.get() + (row + r) * words, wide, scratch.data(),
+                    w + ahead * bytes);
+                const auto *id = as<const int64_t>(h.suppressed), *end = id + h.n_suppressed;
+                for (id = std::lower_bound(id, end, first + g); id < end && *id < first + g + ids; ++id)
+                    for (int64_t s = 0; s < wide; s += 16)
+                        std::fill_n(scratch.data() + s * kSpan + (*id - first - g) * 16, 16, kLowest);
+                for (int64_t s = 0; s < wide; s += 16) {
+                    kernels.stats16(scratch.data() + s * kSpan, ids, bias ? bias + first + g : nullptr, scale, some);
+                    for (int64_t i = 0; i < std::min<int64_t>(16, wide - s); ++i)
+                        for (int k = 0; k < 3; ++k)
+                            numbers[k][r + s + i][g / kSpan] = f[k][i], counts[k][r + s + i][g / kSpan] = u[k][i];
+                }
+            }
+        }
+        const int64_t many = (cols + kSpan - 1) / kSpan;
         for (int64_t r = 0; r < rows; ++r) {
-            const int64_t at = (row + r) * groups + first / kSpan;
-            kernels.stats(scratch.data() + r * kBlock, cols, h.bias ? as<const float>(h.bias) + first : nullptr, scale,
-                          as<float>(best) + at, as<uint32_t>(total) + at, as<float>(dot) + at,
-                          tempered ? as<uint32_t>(tempered) + at : nullptr);
+            const Kept to = kept((row + r) * groups + first / kSpan);
+            float* floats[3] = {to.best, to.dot, to.second};
+            uint32_t* counted[3] = {to.total, to.tempered, to.at};
+            for (int k = 0; k < 3; ++k) {
+                memcpy(floats[k], numbers[k][r], many * sizeof(float));
+                if (counted[k]) memcpy(counted[k], counts[k][r], many * sizeof(uint32_t));
+            }
         }
     });
 }
@@ -268,9 +475,10 @@ void head_inside_cpu(const Head& h, uintptr_t group, uintptr_t out, int64_t per,
 }
 
 void head_rows_cpu(const Head& h, float scale, uintptr_t best_, uintptr_t total_, uintptr_t dot_, uintptr_t tempered_,
-                   const Noise& noise, uintptr_t judged, uintptr_t token_, uintptr_t values_, int threads) {
+                   uintptr_t second_, uintptr_t at_, const Noise& noise, uintptr_t judged, uintptr_t token_,
+                   uintptr_t values_, int threads) {
     const int64_t groups = (h.vocab + kSpan - 1) / kSpan;
-    const int64_t workers = worth(h.rows * (groups * 64 + 2 * kSpan * (h.weight ? h.dim : 16)), threads);
+    const int64_t workers = worth(h.rows * (groups * 64 + (noise.seeds || judged ? kSpan * (h.weight ? h.dim : 16) : 0)), threads);
     parallel(h.rows, workers, [&](int64_t row) {
         const auto *best = as<const float>(best_) + row * groups, *dot = as<const float>(dot_) + row * groups;
         const auto *total = as<const uint32_t>(total_) + row * groups,
@@ -278,45 +486,36 @@ void head_rows_cpu(const Head& h, float scale, uintptr_t best_, uintptr_t total_
         const int64_t likeliest = std::max_element(best, best + groups) - best;
         const float top = best[likeliest];
         const bool alive = top > kLowest;
-        double z = 0, weighted = 0;
-        float second = kLowest;
-        for (int64_t g = 0; g < groups; ++g) {
-            if (best[g] == kLowest) continue;
-            if (g != likeliest) second = std::max(second, best[g]);
-            const double share = std::max(best[g] - top, -87.0f), mass = exp24(best[g] - top);
-            z += mass * total[g], weighted += mass * (share * total[g] + dot[g]);
-        }
-        float x[kSpan];
-        inside(h, row, likeliest, x);
-        int64_t chosen = std::max_element(x, x + kSpan) - x, group = likeliest;
-        for (int64_t c = 0; c < kSpan; ++c)
-            if (c != chosen) second = std::max(second, x[c]);
-        if (noise.seeds) {
+        const Sums sums = kernels.add(best, total, dot, groups, top);
+        float second = as<const float>(second_)[row * groups + likeliest];
+        for (int64_t g = 0; g < groups; ++g) second = g != likeliest && best[g] > second ? best[g] : second;
+        int64_t group = likeliest, held = -1, chosen = as<const uint32_t>(at_)[row * groups + likeliest];
+        float x[kSpan], logit = top;
+        if (noise.seeds && alive) {
             thread_local std::vector<float> key;
             key.resize(std::max(groups, kSpan));
             const int64_t seed = as<const int64_t>(noise.seeds)[row];
             const auto step = static_cast<uint32_t>(as<const int64_t>(noise.steps)[row]),
                        position = static_cast<uint32_t>(as<const int64_t>(noise.positions)[row]);
             kernels.noise(seed, step, position, 0, groups, kGroupStream, key.data());
-            for (int64_t g = 0; g < groups; ++g) {
-                const float level = (best[g] - top) * scale + log_fp32(static_cast<float>(tempered[g]) * 0x1p-24f);
-                key[g] = best[g] > kLowest ? level + key[g] : kLowest;
-            }
-            group = std::max_element(key.begin(), key.begin() + groups) - key.begin();
-            if (group != likeliest) inside(h, row, group, x);
+            kernels.level(best, tempered, groups, top, scale, key.data());
+            group = held = std::max_element(key.begin(), key.begin() + groups) - key.begin();
+            inside(h, row, group, x);
             kernels.noise(seed, step, position, static_cast<uint32_t>(group * kSpan), kSpan, kTokenStream, key.data());
             for (int64_t c = 0; c < kSpan; ++c) key[c] = x[c] > kLowest ? (x[c] - top) * scale + key[c] : kLowest;
             chosen = std::max_element(key.begin(), key.begin() + kSpan) - key.begin();
+            logit = x[chosen];
         }
         int64_t token = alive ? group * kSpan + chosen : -1;
         if (const int64_t given = judged ? as<const int64_t>(judged)[row] : -1; given >= 0) {
             token = given;
-            if (given / kSpan != group) inside(h, row, given / kSpan, x);
+            if (given / kSpan != held) inside(h, row, given / kSpan, x);
+            logit = x[given % kSpan];
         }
         as<int64_t>(token_)[row] = token;
-        const float values[5] = {token >= 0 ? x[token % kSpan] : kLowest, top, second,
-                                 alive ? static_cast<float>(top + std::log(z * 0x1p-48)) : kLowest,
-                                 alive ? static_cast<float>(top + weighted / z) : 0.0f};
+        const float values[5] = {token >= 0 ? logit : kLowest, top, second,
+                                 alive ? static_cast<float>(top + std::log(sums.mass * 0x1p-48)) : kLowest,
+                                 alive ? static_cast<float>(top + sums.weighted / sums.mass) : 0.0f};
         for (int64_t i = 0; i < 5; ++i) as<float>(values_)[i * h.rows + row] = values[i];
     });
 }

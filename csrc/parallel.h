@@ -12,14 +12,21 @@
 
 #if defined(__linux__)
 #include <dlfcn.h>
+#include <pthread.h>
 #endif
 
 namespace loopmdm {
 
-// GNU OpenMP's entry, from whatever library torch brought with it; null without one. Nothing is linked against it.
+// GNU OpenMP's entry, from whatever library torch brought with it; null without one. Nothing is linked against it. Its
+// threads do not survive a fork, and the child would wait for them for ever: there, threads are made for the call.
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+#if defined(__linux__)
+inline bool forked = false;
+inline const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
 inline Team openmp_team() {
 #if defined(__linux__)
+    if (forked) return nullptr;
     static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     return team;
 #else

@@ -58,23 +58,27 @@ INLINE void swap_blocks(u16 x[16]) {
 #undef LANES
 }
 
-// panel[k][c] = word k of row c of w, 0 for the columns from cols to kPanel.
+// panel[k][c] = word k of row c of w, `bytes` long and `stride` after the one before; 0 for the columns from cols to kPanel.
 template <bool Wide>
-INLINE void pack(const char* w, int64_t cols, int64_t bytes, uint32_t* panel) {
+INLINE void pack(const char* w, int64_t stride, int64_t cols, int64_t bytes, uint32_t* panel) {
     const int64_t words = (bytes + 3) / 4;
     for (int64_t c = 0; c < kPanel; c += 16) {
         int64_t k = 0;
         if constexpr (Wide) {
             for (; c + 16 <= cols && 4 * (k + 16) <= bytes; k += 16) {
                 u16 x[16];
-                for (int i = 0; i < 16; ++i) x[i] = load<u16>(w + (c + i) * bytes + 4 * k);
+                for (int i = 0; i < 16; ++i) x[i] = load<u16>(w + (c + i) * stride + 4 * k);
                 swap_blocks<8>(x), swap_blocks<4>(x), swap_blocks<2>(x), swap_blocks<1>(x);
                 for (int i = 0; i < 16; ++i) memcpy(panel + (k + i) * kPanel + c, &x[i], sizeof x[i]);
             }
         }
         for (; k < words; ++k)
-            for (int64_t i = c; i < c + 16; ++i) panel[k * kPanel + i] = i < cols ? word(w + i * bytes + 4 * k, bytes - 4 * k >= 4 ? 4 : 2) : 0;
+            for (int64_t i = c; i < c + 16; ++i) panel[k * kPanel + i] = i < cols ? word(w + i * stride + 4 * k, bytes - 4 * k >= 4 ? 4 : 2) : 0;
     }
+}
+template <bool Wide>
+INLINE void pack(const char* w, int64_t cols, int64_t bytes, uint32_t* panel) {
+    pack<Wide>(w, bytes, cols, bytes, panel);
 }
 
 // Here, and only here, a * b + c may be one operation.
@@ -89,12 +93,15 @@ INLINE void pack(const char* w, int64_t cols, int64_t bytes, uint32_t* panel) {
 #define BF16 __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #endif
 
-// out[r][c] = x[r] . panel[.][c] for R rows and C vectors of columns: one lane a logit, the depth in rising order.
-template <typename V, typename U, bool Bf16, int R, int C>
-INLINE void tile(const char* x, int64_t stride, const uint32_t* panel, int64_t bytes, float* out, int64_t out_stride) {
+// out[r][c] = x[r] . panel[.][c] for R rows and C vectors of columns: one lane a logit, the depth in rising order. From 16
+// columns to the next 16 out has `apart` numbers. With Ahead, R rows' bytes from `next` are fetched meanwhile.
+template <typename V, typename U, bool Bf16, int R, int C, bool Ahead = false>
+INLINE void tile(const char* x, int64_t stride, const uint32_t* panel, int64_t bytes, float* out, int64_t out_stride,
+                 int64_t apart = 16, const char* next = nullptr) {
     constexpr int L = sizeof(V) / 4;
     V acc[R][C] = {};
     const auto step = [&](int64_t k, int64_t size) __attribute__((always_inline)) {
+        if constexpr (Ahead) __builtin_prefetch(next + 4 * R * k, 0, 2);
         U right[C];
         for (int c = 0; c < C; ++c) right[c] = load<U>(panel + k * kPanel + c * L);
         for (int r = 0; r < R; ++r) {
@@ -113,18 +120,19 @@ INLINE void tile(const char* x, int64_t stride, const uint32_t* panel, int64_t b
     for (; 4 * k + 4 <= bytes; ++k) step(k, 4);
     if (4 * k < bytes) step(k, 2);
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) memcpy(out + r * out_stride + c * L, &acc[r][c], sizeof(V));
+        for (int c = 0; c < C; ++c) memcpy(out + r * out_stride + c * L / 16 * apart + c * L % 16, &acc[r][c], sizeof(V));
 }
 
 #ifdef LOOPMDM_X86
 // As `tile` of bf16, both products of a word in one instruction.
-template <int R, int C>
+template <int R, int C, bool Ahead = false>
 BF16 INLINE void tile_dot(const char* x, int64_t stride, const uint32_t* panel, int64_t bytes, float* out,
-                          int64_t out_stride) {
+                          int64_t out_stride, int64_t apart = 16, const char* next = nullptr) {
     __m512 acc[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_ps();
     const auto step = [&](int64_t k, int64_t size) BF16 __attribute__((always_inline)) {
+        if constexpr (Ahead) __builtin_prefetch(next + 4 * R * k, 0, 2);
         __m512bh right[C];
         for (int c = 0; c < C; ++c) right[c] = (__m512bh)_mm512_loadu_si512(panel + k * kPanel + 16 * c);
         for (int r = 0; r < R; ++r) {
@@ -136,16 +144,14 @@ BF16 INLINE void tile_dot(const char* x, int64_t stride, const uint32_t* panel, 
     for (; 4 * k + 4 <= bytes; ++k) step(k, 4);
     if (4 * k < bytes) step(k, 2);
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + r * out_stride + 16 * c, acc[r][c]);
+        for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + r * out_stride + c * apart, acc[r][c]);
 }
 #endif
 
-// exp(t) of t <= 0; below -87 that of -87.
-INLINE v16 exp24(v16 t) {
-    t = t > -87.0f ? t : (v16){} - 87.0f;
-    const v16 y = t * 1.44269504f;
-    const v16 z = y + 12582936.0f;
-    const v16 r = y - (z - 12582936.0f);
+// 2^(y + bias - 1.5 * 2^23), where that is a normal number.
+INLINE v16 power(v16 y, float bias) {
+    const v16 z = y + bias;
+    const v16 r = y - (z - bias);
     v16 p = (v16){} + 1.5476301e-4f;
     p = p * r + 1.340027e-3f;
     p = p * r + 9.618004e-3f;
@@ -155,6 +161,29 @@ INLINE v16 exp24(v16 t) {
     p = p * r + 1.0f;
     return (v16)((u16)p + ((u16)z << 23));
 }
+
+// 2^24 exp(t) of t <= 0; below -87 that of -87.
+INLINE v16 exp24(v16 t) {
+    t = t > -87.0f ? t : (v16){} - 87.0f;
+    return power(t * 1.44269504f, 12582936.0f);
+}
+
+// Over the 16 lanes, halves first.
+#define REDUCE(name, T, V, H, Q, combine)                                                                             \
+    INLINE T name(V x) {                                                                                              \
+        const H a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);                                            \
+        const H b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);                                      \
+        const H h = combine(a, b);                                                                                    \
+        const Q c = __builtin_shufflevector(h, h, 0, 1, 2, 3), d = __builtin_shufflevector(h, h, 4, 5, 6, 7);         \
+        const Q q = combine(c, d), r = __builtin_shufflevector(q, q, 2, 3, 0, 1), s = combine(q, r);                  \
+        const T y = s[0], z = s[1];                                                                                   \
+        return combine(y, z);                                                                                         \
+    }
+#define PLUS(a, b) ((a) + (b))
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+REDUCE(sum, float, v16, v8, v4, PLUS)
+REDUCE(sum, uint32_t, u16, u8, u4, PLUS)
+REDUCE(largest, float, v16, v8, v4, LARGER)
 
 }  // namespace
 }  // namespace loopmdm

@@ -1,18 +1,15 @@
-// Selection on the CPU: one row per task, threads of our own (a second OpenMP runtime beside torch's
-// would double the thread pools). No thread outlives the call, so forking afterwards is safe.
+// Selection on the CPU: one row per task.
 #include <algorithm>
-#include <atomic>
 #include <functional>
-#include <system_error>
-#include <thread>
 #include <vector>
 
+#include "parallel.h"
 #include "unmask.h"
 
 namespace loopmdm {
 namespace {
 
-// Starting a thread costs about as much as ranking this many tokens.
+// Waking a thread costs about as much as ranking this many tokens.
 constexpr int64_t kTokensPerThread = 16384;
 
 struct Cut {
@@ -78,24 +75,11 @@ void scatter_row(const Scatter& s, int64_t row, uint32_t* order) {
 // work(row, scratch of cols keys) for every row.
 template <class Work>
 void for_rows(int64_t rows, int64_t cols, int threads, Work work) {
-    const int64_t useful = std::min(rows, rows * cols / kTokensPerThread);
-    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, useful));
-    std::vector<uint32_t> scratch(workers * (cols + 1));  // one more: keys are written before they are counted
-    std::atomic<int64_t> next{0};
-    auto loop = [&](int64_t worker) {
-        for (int64_t row; (row = next.fetch_add(1)) < rows;) work(row, scratch.data() + worker * (cols + 1));
-    };
-    std::vector<std::thread> others;
-    others.reserve(workers - 1);
-    for (int64_t worker = 1; worker < workers; ++worker) {
-        try {
-            others.emplace_back(loop, worker);
-        } catch (const std::system_error&) {
-            break;  // no more threads to be had: the ones that run take all the rows
-        }
-    }
-    loop(0);
-    for (auto& other : others) other.join();
+    parallel(rows, std::min<int64_t>(threads, rows * cols / kTokensPerThread), [&](int64_t row) {
+        thread_local std::vector<uint32_t> keys;
+        keys.resize(cols);
+        work(row, keys.data());
+    });
 }
 
 }  // namespace

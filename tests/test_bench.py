@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,7 +77,8 @@ def test_compare_says_what_disagrees():
     second = results(row(ratio=2.1), row(arm="b", ratio=1.05), row(group="h: b", ratio=3.5, low=3.4, high=3.6))
     cells, verdict = bench.compare(first, second)
     assert [c[0].strip() for c in cells if c[4] == "outside"] == ["b", "ours"]  # b: 1.0 is not in 1.8 to 2.2
-    assert verdict[0].startswith("1 of 3") and "h: b" in verdict[1] and "g: a" not in verdict[1]
+    assert verdict[0].startswith("1 of 3") and verdict[1].endswith("in: h.")
+    assert "They differ by 10.2%" in verdict[0]  # of 1.05, 1.05 and 3.5 / 3 in logarithms
     _, same = bench.compare(first, results(*first["rows"], device="another"))
     assert same[0].startswith("3 of 3") and "device" in same[2]
     with pytest.raises(InputError, match="no row in common"):
@@ -110,13 +112,18 @@ def test_a_file_that_is_no_results_file(tmp_path, content, capsys):
 
 
 def test_show_and_compare_print(tmp_path, capsys):
-    path = bench.save(results(row(share_of_matmul=0.5, peak_bytes=3 << 20)), tmp_path / "a.json")
+    first = row("g: " + 20 * "long ", share_of_matmul=0.5, peak_bytes=3 << 20, reference_seconds=1.25)
+    path = bench.save(results(first, row(arm="b", ratio=None)), tmp_path / "a.json")
     assert main(["bench", "--show", str(path), "--plot", str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr().out
-    assert "2.00 (1.80 to 2.20)" in out and "50%" in out and "3.0 MiB" in out
+    assert "2.00 (1.80 to 2.20)" in out and "50%" in out and "3.0 MiB" in out and "1.25 s" in out
+    lines = out.splitlines()
+    assert lines[0] == "a CPU, 2 threads, torch 2.13.0, revision abc, 2026-01-01"
+    (line,) = (line for line in lines if line.startswith("  ours"))
+    assert len(line) < 100 < len(first["group"])  # a heading widens no column
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert main(["bench", "--compare", str(path), str(path)]) == 0
-    assert "All group means agree" in capsys.readouterr().out
+    assert "All means over sizes agree" in capsys.readouterr().out
 
 
 def test_gpu_without_a_gpu_is_one_sentence(capsys, monkeypatch):
@@ -163,14 +170,13 @@ class FakeBenchmark:
     def __init__(self, clock):
         self.extra_info, self.stats, self.clock = {}, None, clock
 
-    def pedantic(self, run, setup, rounds, warmup_rounds):
+    def pedantic(self, run, setup, rounds):
         data = []
-        for n in range(warmup_rounds + rounds):
+        for _ in range(rounds):
             args, kwargs = setup()
             began = self.clock.now
             run(*args, **kwargs)
-            if n >= warmup_rounds:
-                data.append(self.clock.now - began)
+            data.append(self.clock.now - began)
         self.stats = SimpleNamespace(stats=SimpleNamespace(data=data))
 
 
@@ -193,12 +199,64 @@ def test_race_pairs_each_round_with_one_of_the_reference(monkeypatch):
     frame.race(fake, taking("ours", 1.0), taking("theirs", 3.0), [0, 1, 2], lambda a, b: checked.append((a, b)),
                rounds=4, warmup=1, tokens=8, flops=6.0, memory=False, nfe=2)  # fmt: skip
     assert checked == [(0, 0)]
-    assert order[2:6] == [("theirs", 0), ("ours", 0), ("theirs", 1), ("ours", 1)]
+    assert order[2:6] == [("theirs", 0), ("ours", 0), ("theirs", 1), ("ours", 1)] and len(order) == 10
     info = fake.extra_info
-    assert info["ratio"] == info["ratio_low"] == info["ratio_high"] == pytest.approx(3.0)
+    assert info["ratio"] == pytest.approx(3.0) and info["reference_seconds"] == pytest.approx(4.5)
+    assert (info["ratio_low"], info["ratio_high"]) == pytest.approx(frame.repeated([3.0] * 4))
     assert info["nfe"] == 2 and info["rounds"] == 4
-    assert info["tokens_per_second"] == pytest.approx(8 / 2.0)  # rounds take 2, 3, 1 and 2 seconds
-    assert info["share_of_matmul"] == pytest.approx(0.3)
+    assert info["tokens_per_second"] == pytest.approx(8 / 1.5)  # rounds take 1, 2, 3 and 1 seconds
+    assert info["share_of_matmul"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("seconds, rounds", [(1.0, frame.ROUNDS), (0.004, 50), (1e-6, frame.MOST)])
+def test_short_rows_get_more_rounds(monkeypatch, seconds, rounds):
+    clock = SimpleNamespace(now=0.0)
+
+    def run(x):
+        clock.now += seconds
+
+    monkeypatch.delenv("LOOPMDM_ROUNDS", raising=False)
+    monkeypatch.setattr(frame.time, "perf_counter", lambda: clock.now)
+    fake = FakeBenchmark(clock)
+    frame.race(fake, run, run, [0], None, memory=False)
+    assert fake.extra_info["rounds"] == rounds
+    monkeypatch.setenv("LOOPMDM_ROUNDS", "3")
+    frame.race(fake, run, run, [0], None, memory=False, rounds=9)
+    assert fake.extra_info["rounds"] == frame.ROUNDS
+
+
+def test_what_writes_in_place_is_given_copies():
+    given = [torch.zeros(3), torch.ones(3)]
+    seen, clock = [], SimpleNamespace(now=0.0)
+
+    def run(x):
+        clock.now += 1.0
+        seen.append(x.sum().item())
+        return x.add_(5)
+
+    frame.race(FakeBenchmark(clock), run, run, given, frame.same, rounds=3, fresh=torch.clone)
+    assert set(seen) == {0.0, 3.0} and given[0].sum() == 0 and given[1].sum() == 3
+
+
+def test_same_is_bit_for_bit():
+    frame.same((torch.ones(2), torch.zeros(1)), (torch.ones(2), torch.zeros(1)))
+    for other in (torch.tensor([1.0, 1.0 + 1e-6]), torch.ones(2).double(), torch.ones(1)):
+        with pytest.raises(AssertionError, match="not equal"):
+            frame.same(torch.ones(2), other)
+
+
+@pytest.mark.parametrize("n", [5, 20, 100])
+def test_interval_holds_another_runs_ratio(n):
+    """Runs whose level differs by BETWEEN and whose rounds differ as much, more and less."""
+    rng = random.Random(n)
+    for spread in (0.2, 1.0, 4.0):
+        hits = 0
+        for _ in range(2000):
+            levels = [rng.gauss(math.log(2), frame.BETWEEN) for _ in range(2)]
+            runs = [[math.exp(rng.gauss(level, spread * frame.BETWEEN)) for _ in range(n)] for level in levels]
+            low, high = frame.repeated(runs[0])
+            hits += low <= statistics.median(runs[1]) <= high
+        assert hits / 2000 >= 0.94 - 0.015 and (hits < 1990 or spread > 1)
 
 
 def test_peak_memory_is_what_is_held_at_once():
@@ -219,6 +277,14 @@ def test_an_arm_that_is_not_equal_is_not_timed():
     with pytest.raises(AssertionError, match="they differ"):
         frame.race(fake, lambda x: x, lambda x: -x, [1.0], differ)
     assert fake.stats is None
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(1.5e-5, "15.0 µs"), (9.996e-4, "1.00 ms"), (0.5412, "541 ms"), (0.9999, "1.00 s"), (12.34, "12.3 s")],
+)
+def test_seconds_have_three_digits(value, text):
+    assert bench.seconds(value) == text
 
 
 def test_results_are_plain_json(tmp_path):

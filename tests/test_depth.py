@@ -18,7 +18,7 @@ from loopmdm.model.lm import LoopMDM
 from loopmdm.model.loop import LoopedBlock
 
 from . import unlooped
-from .helpers import BACKBONES, ids, live, randomize_, tiny
+from .helpers import BACKBONES, ids, live, on_torch, randomize_, tiny
 
 BOUNDARIES = ("plain", "anchored")
 B, T = 32, 9
@@ -527,7 +527,7 @@ def test_several_looped_blocks_are_layers_repeated_bit_for_bit(backbone, start, 
         weights |= {f"layers.{i}.{name}": value for name, value in block.state_dict().items()}
     for S, layers in order.items():
         assert len(layers) == config.depth(S)
-        with torch.no_grad():
+        with torch.no_grad(), on_torch():
             got = model(ids(3, 8), num_loops=S).logits[..., :10]
         want = unlooped.logits(weights, ids(3, 8), 4, config.num_key_value_heads, layers)[..., :10]
         assert torch.equal(got, want)

@@ -5,9 +5,10 @@ import torch
 
 from loopmdm.errors import InputError
 from loopmdm.model import fused_layers as module
-from loopmdm.model.block import Context, rope_table
+from loopmdm.model.block import Context
 from loopmdm.model.depth import Depth, RelativeChange
 from loopmdm.model.loop import LoopedBlock
+from loopmdm.ops.rotary_attention import rope_table
 from loopmdm.ops.spans import spans_of
 
 from .helpers import ids, live, tiny

@@ -275,3 +275,54 @@ def test_logits_are_computed_once_when_read(backbone):
     out = model(ids(1, 5))
     assert not calls
     assert out.logits is out.logits and len(calls) == 1
+
+
+@pytest.mark.parametrize("padding", ["none", "padded", "documents"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"backbone": "dit"}, {"qk_norm": "after_rope"}, {"positions": "learned"}, {"start": 1, "length": 3}],
+    ids=str,
+)
+def test_rows_are_what_the_whole_pass_gives(changes, padding):
+    """hidden(rows=) is hidden() there, whatever lies elsewhere; the last layer works on these positions alone."""
+    model = live(tiny(**changes))
+    tokens, rng = ids(3, 12), torch.Generator().manual_seed(2)
+    more = {}
+    if padding == "padded":
+        more["attention_mask"] = torch.arange(12) >= torch.tensor([0, 3, 7])[:, None]
+    elif padding == "documents":
+        more["document_ids"] = torch.tensor([[0] * 5 + [1] * 7, [0] * 12, [4] * 2 + [9] * 10])
+    rows = torch.zeros(3, 12, dtype=torch.bool)
+    rows[0, [2, 7, 8, 11]], rows[2, 9] = True, True
+    seen = []
+    handle = model.layers[-1].mlp.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    with torch.no_grad():
+        want, got = model.hidden(tokens, num_loops=2, **more), model.hidden(tokens, num_loops=2, rows=rows, **more)
+        full = model.hidden(tokens, num_loops=2, rows=torch.rand(3, 12, generator=rng) < 0.9, **more)
+    handle.remove()
+    torch.testing.assert_close(got[rows], want[rows], rtol=1e-5, atol=1e-5)
+    assert torch.equal(full, want)
+    assert seen == ([12, 4, 12] if len(model.coda) else [12] * 6)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("policy", ["ancestral", "confidence"])
+def test_generate_with_a_last_layer_of_few_rows(policy, shift):
+    """The tokens are those of whole passes, with guidance and prompts of unlike length too."""
+    model = live(tiny(logit_shift=shift))
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    calls, hidden = [], model.hidden
+
+    def watched(*args, **more):
+        calls.append(more.get("rows"))
+        return hidden(*args, **more)
+
+    model.hidden = watched
+    runs = []
+    for takes in (True, False):
+        model.takes_rows = takes
+        options = {"max_new_tokens": 12, "steps": 6, "num_loops": 2, "policy": policy, "seed": 3, "cfg_scale": 0.5}
+        runs.append(loopmdm.generate(model, prompts, **options).tokens)
+    assert torch.equal(*runs)
+    some = [rows for rows in calls if rows is not None]
+    assert len(some) == len(calls) / 2 and min(int(rows.sum(-1).max()) for rows in some) < 6

@@ -10,7 +10,7 @@ from loopmdm.model.lm import LoopMDM
 from loopmdm.model.loop import LoopedBlock
 
 from . import unlooped
-from .helpers import BACKBONES, ids, live, randomize_, tiny
+from .helpers import BACKBONES, ids, live, on_torch, randomize_, tiny
 
 BOUNDARIES = ("plain", "anchored")
 RANGES = [(1, 2), (0, 1), (0, 4), (3, 1)]
@@ -23,7 +23,7 @@ def unlooped_logits(model, tokens, order):
 
 
 def compare(model, tokens, num_loops, order):
-    with torch.no_grad():
+    with torch.no_grad(), on_torch():
         got = model(tokens, num_loops=num_loops).logits
     want = unlooped_logits(model, tokens, order)
     assert (got[..., model.mask_id] == float("-inf")).all()

@@ -14,9 +14,10 @@ from torch import nn
 
 import loopmdm
 from loopmdm.adapters import as_denoiser, families, layer
-from loopmdm.adapters.patching import recognise
+from loopmdm.adapters.patching import is_ours, recognise
 from loopmdm.errors import InputError
 from loopmdm.model.denoiser import Denoiser
+from loopmdm.ops.linear import pack
 
 from . import peer_layers as peers
 
@@ -295,25 +296,73 @@ def test_copy_in_bf16(name):
         as_denoiser(peers.drawn(name), dtype=torch.bfloat16)
 
 
-def test_activation_inside_the_product():
-    """bf16 inference on a CPU applies GELU inside the product: as near to float64 as apart, and hooks still run."""
+def test_a_narrow_copy_calls_what_is_more_than_a_product():
+    """Packed weights are for projections that the layer itself calls; those inside a wrapper, and hooked ones, are not."""
     model = loopmdm.patch(peers.drawn("mdlm"))
-    block, rng = as_denoiser(model, dtype=torch.bfloat16).model.blocks[0], torch.Generator().manual_seed(0)
-    x = torch.randn(2, 9, 32, generator=rng).bfloat16()
-    wide = copy.deepcopy(block.mlp).double()(x.double())
     seen = []
+
+    class Wrapped(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+        def forward(self, x):
+            seen.append("wrapped")
+            return self.base(x)
+
+    model.blocks[0].attn_out = Wrapped(model.blocks[0].attn_out)
+    model.blocks[1].mlp[2].register_forward_hook(lambda *_: seen.append("hook"))
+    ids = torch.randint(0, 6, (2, 9))
     with torch.no_grad():
-        assert layer._plain_bf16(block.mlp[0], x) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        inside = layer._mlp(block, block._loopmdm.layout, x)
-        handle = block.mlp[0].register_forward_hook(lambda *_: seen.append(1))
-        apart = layer._mlp(block, block._loopmdm.layout, x)
-        handle.remove()
-    assert seen == [1]
-    errors = [float((y - wide).norm() / wide.norm()) for y in (inside, apart)]
-    assert errors[0] < 1.2 * errors[1] < 0.01, errors
-    assert layer._mlp(block, block._loopmdm.layout, x).requires_grad is False  # frozen copy
-    block.mlp[0].weight.requires_grad_(True)
-    assert layer._mlp(block, block._loopmdm.layout, x).requires_grad
+        exact = as_denoiser(model).hidden(ids)
+        seen.clear()
+        narrow = as_denoiser(model, dtype=torch.bfloat16)
+        got = narrow.hidden(ids)
+    assert seen == ["wrapped", "hook"]
+    assert (got - exact).norm() < 0.02 * exact.norm()
+    if pack(torch.zeros(1, 1).bfloat16()) is not None:
+        assert narrow.model.blocks[0].mlp[0].weight.is_meta and not model.blocks[0].mlp[0].weight.is_meta
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_what_the_whole_pass_gives(name, padded, dtype):
+    """hidden(rows=) is hidden() there; the last layer's MLP sees these positions alone."""
+    model = loopmdm.patch(peers.drawn(name))
+    denoiser, ids = as_denoiser(model, dtype=dtype), some_ids(batch=3, length=9)
+    real = torch.arange(9) >= torch.tensor([0, 0, 4])[:, None] if padded else None
+    rows = torch.zeros(3, 9, dtype=torch.bool)
+    rows[0, [1, 2, 8]], rows[2, 8] = True, True
+    out = [m for m in denoiser.modules() if is_ours(m)][-1]._loopmdm.layout.out
+    seen = []
+    original = layer.project
+
+    def watched(module, x):
+        seen.append((module, x.shape[1]))
+        return original(module, x)
+
+    with torch.no_grad():
+        want = denoiser.hidden(ids, real)
+        denoiser.hidden(ids, real, rows=rows)  # asks once whether the model bears it
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layer, "project", watched)
+            got = denoiser.hidden(ids, real, rows=rows)
+    assert (got - want)[rows].norm() <= (1e-6 if dtype is None else 0.02) * want[rows].norm()
+    last = [m for m in denoiser.modules() if is_ours(m)][-1].get_submodule(out)
+    assert [n for m, n in seen if m is last] == [3] and {n for _, n in seen} == {3, 9}
+
+
+def test_a_model_that_needs_the_last_layer_whole():
+    """Where something behind the layers looks at all positions, the layers are left to work on all."""
+    model = loopmdm.patch(peers.drawn("mdlm"))
+    block, forward = model.blocks[-1], model.blocks[-1].forward
+    model.blocks[-1].forward = lambda x, *args, **more: x + 0.5 * forward(x, *args, **more)
+    denoiser, ids = as_denoiser(model), some_ids(batch=1, length=9)
+    rows = torch.arange(9)[None] == 4
+    with torch.no_grad():
+        assert torch.equal(denoiser.hidden(ids, rows=rows), denoiser.hidden(ids))
+    assert block._loopmdm.rows is None
 
 
 class LLaDABlockGroup(nn.ModuleList):

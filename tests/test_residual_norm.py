@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loopmdm.errors import InputError
 from loopmdm.ops import residual_norm as module
+from loopmdm.ops.contract import extension
 from loopmdm.ops.residual_norm import KINDS, OP, residual_norm
 
 from . import oracle
@@ -211,3 +212,55 @@ def test_import_loads_no_triton() -> None:
 
 def test_self_check_agrees_with_itself() -> None:
     assert OP.deviation("torch", torch.device("cpu"), FP32) == 0.0
+
+
+built = pytest.mark.skipif(extension() is None, reason="loopmdm._C is not built")
+
+
+@built
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stream, other", [(FP32, FP32), (FP32, BF16), (BF16, BF16), (BF16, FP32)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (7, 3), (3, 17, 63), (4, 768), (2, 252, 507)], ids=str)
+def test_cpp_against_torch(shape: tuple[int, ...], stream: torch.dtype, other: torch.dtype, kind: str) -> None:
+    """The stored sum bit for bit; the norm within fp32's roundings, then one to its dtype."""
+    for without in ("", "branch", "weight bias"):
+        inputs = problem(shape, stream, other, without, mean=3.0)
+        for out_dtype in (FP32, BF16):
+            for weights in (FP32, BF16):
+                for name in ("weight", "bias"):
+                    inputs[name] = None if inputs[name] is None else inputs[name].to(weights)  # type: ignore[union-attr]
+                got, want = (
+                    residual_norm(**inputs, kind=kind, out_dtype=out_dtype, impl=impl)  # type: ignore[arg-type]
+                    for impl in ("cpp", "torch")
+                )
+                assert torch.equal(got[0], want[0]) and got[1].dtype == out_dtype
+                gap = (got[1].double() - want[1].double()).abs().max() / want[1].double().abs().max()
+                assert float(gap) < (1e-5 if out_dtype == FP32 else 8e-3)
+
+
+@built
+def test_cpp_reads_heads_inside_a_projection() -> None:
+    """No copy of the view is needed, and the bits are those of one; also over threads."""
+    packed = torch.randn(2, 300, 12, 16, generator=torch.Generator().manual_seed(0))
+    for x in (packed[:, :, 4:8], packed[:, :, 0], packed.transpose(1, 2), packed[:, ::2]):
+        want = residual_norm(x.contiguous(), None, torch.ones(16), impl="cpp")[1]
+        assert torch.equal(residual_norm(x, None, torch.ones(16), impl="cpp")[1], want)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        big = packed.repeat(4, 1, 1, 8)
+        want = torch.cat([residual_norm(part, part, impl="cpp")[1] for part in big.split(1)])
+        assert torch.equal(residual_norm(big, big, impl="cpp")[1], want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
+def test_cpp_says_what_it_does_not_take() -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(InputError, match="no backward"):
+        residual_norm(x.requires_grad_(), None, impl="cpp")
+    with pytest.raises(InputError, match="bfloat16 and float32"):
+        residual_norm(x.detach().double(), None, impl="cpp")
+    with pytest.raises(InputError, match="out_dtype"):
+        residual_norm(x.detach(), None, out_dtype=FP16, impl="cpp")

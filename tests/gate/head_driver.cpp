@@ -59,17 +59,19 @@ void run(int64_t rows, int64_t vocab, int64_t dim, bool product, float scale, in
                  2, sizeof(T) == 2};
     auto best = make<float>(rows * groups), dot = make<float>(rows * groups), out = make<float>(rows * per * kSpan);
     auto total = make<uint32_t>(rows * groups), tempered = make<uint32_t>(rows * groups);
-    head_groups_cpu(h, scale, at(best), at(total), at(dot), scale == 1 ? 0 : at(tempered), threads);
+    auto second = make<float>(rows * groups);
+    auto place = make<uint32_t>(rows * groups);
+    head_groups_cpu(h, scale, at(best), at(total), at(dot), scale == 1 ? 0 : at(tempered), at(second), at(place), threads);
     auto token = make<int64_t>(rows);
     auto values = make<float>(5 * rows);
     const Noise noise{rng() % 2 ? at(row) : 0, at(row), at(row)};
     const uintptr_t judged = rng() % 2 ? at(group) : 0;
-    head_rows_cpu(h, scale, at(best), at(total), at(dot), scale == 1 ? at(total) : at(tempered), noise, judged, at(token),
-                  at(values), threads);
+    head_rows_cpu(h, scale, at(best), at(total), at(dot), scale == 1 ? at(total) : at(tempered), at(second), at(place), noise,
+                  judged, at(token), at(values), threads);
     read(token.get(), rows), read(values.get(), 5 * rows);
     head_inside_cpu(h, at(group), at(out), per, threads);
     read(best.get(), rows * groups), read(total.get(), rows * groups), read(tempered.get(), rows * groups);
-    read(out.get(), rows * per * kSpan);
+    read(second.get(), rows * groups), read(place.get(), rows * groups), read(out.get(), rows * per * kSpan);
     gumbel_cpu(at(row), at(row), at(row), at(group), at(out), rows, per * kSpan - 1, 11, threads);
     read(out.get(), rows * per * kSpan);
 }

@@ -1,4 +1,4 @@
-"""csrc/head_cpu.cpp under AddressSanitizer and UndefinedBehaviorSanitizer, and its threads under ThreadSanitizer."""
+"""csrc/head_cpu.cpp and layer_cpu.cpp under AddressSanitizer and UBSan, and their threads under ThreadSanitizer."""
 
 import shutil
 import subprocess
@@ -13,9 +13,9 @@ CXX = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(CXX is None or sys.platform != "linux", reason="needs g++ or clang++ on Linux")
 
 
-def run(folder, name, *flags):
+def run(folder, part, name, *flags):
     built = folder / name
-    sources = [str(HERE / "head_driver.cpp"), str(CSRC / "head_cpu.cpp")]
+    sources = [str(HERE / f"{part}_driver.cpp"), str(CSRC / f"{part}_cpu.cpp")]
     options = ["-std=c++17", "-g", "-pthread", "-Wall", "-Werror", "-ffp-contract=off", *flags, f"-I{CSRC}"]
     done = subprocess.run([CXX, *options, *sources, "-o", str(built)], capture_output=True, text=True)
     if "cannot find -l" in done.stderr:
@@ -26,10 +26,12 @@ def run(folder, name, *flags):
     return done.stdout.strip()
 
 
-def test_nothing_is_read_or_written_outside_and_nothing_undefined(tmp_path):
+@pytest.mark.parametrize("part", ["head", "layer"])
+def test_nothing_is_read_or_written_outside_and_nothing_undefined(tmp_path, part):
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS")
-    assert len(run(tmp_path, "asan", "-O1", *flags)) == 16
+    assert len(run(tmp_path, part, "asan", "-O1", *flags)) == 16
 
 
-def test_threads_do_not_race(tmp_path):
-    run(tmp_path, "tsan", "-O1", "-fsanitize=thread")
+@pytest.mark.parametrize("part", ["head", "layer"])
+def test_threads_do_not_race(tmp_path, part):
+    run(tmp_path, part, "tsan", "-O1", "-fsanitize=thread")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..model.denoiser import few, spread
 from ..model.depth import Depth, check_over
+from ..model.packed import Recast
 from .family import Family, value
 from .patching import families, is_ours, recognise, shared_of
 from .splice import layers_of, looping, loops_of
@@ -28,6 +29,7 @@ class Peer(nn.Module):
     """
 
     takes_depth = True
+    takes_rows = True
 
     def __init__(
         self,
@@ -44,14 +46,17 @@ class Peer(nn.Module):
         table: Callable[[nn.Module], tuple[Tensor, Tensor | None]],
         padding: str,
         timed: bool,
-        source: list[tuple[Tensor, Tensor]] | None = None,
+        source: Recast[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.mask_id, self.pad_id = model, mask_id, pad_id
         self.suppressed_ids, self.logit_shift, self.max_length = suppressed_ids, logit_shift, max_length
         self._call, self._table, self._taps = call, table, (head, last)  # a tuple, so as not to register them twice
-        self.padding, self.timed, self._source = padding, timed, source or []
+        self.padding, self.timed, self._source = padding, timed, source
         self.vocab_size = max(table(model)[0].shape[0], mask_id + 1)
+        layers = [module for module in model.modules() if is_ours(module)]
+        self._layer: tuple[nn.Module, ...] = tuple(layers[-1:])
+        self._rows_hold: bool | None = None
 
     @property
     def max_loops(self) -> int:
@@ -65,8 +70,12 @@ class Peer(nn.Module):
         attention_mask: Tensor | None = None,
         num_loops: int | Tensor | Depth | None = None,
         sigma: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """ids [B, T] -> the head's input [B, T, D] in the head's dtype; 0 at padding."""
+        """ids [B, T] -> the head's input [B, T, D] in the head's dtype; 0 at padding.
+
+        With rows, bool [B, T], only there, and perhaps 0 elsewhere: a patched last layer works on these alone.
+        """
         if input_ids.dim() != 2 or input_ids.dtype.is_floating_point:
             raise InputError(f"input_ids is {input_ids.dtype} {list(input_ids.shape)}; expected integers [B, T]")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -79,8 +88,15 @@ class Peer(nn.Module):
         if real is not None:  # padding goes behind: rounded rotary tables make positions more than relative
             order = (~real).byte().argsort(dim=-1, stable=True)
             input_ids, real = input_ids.gather(1, order), real.gather(1, order)
+            rows = rows if rows is None else rows.gather(1, order)
+        index = few(rows) if rows is not None and self._last_takes_rows() else None
         watched = self._watched(num_loops, input_ids, real)
-        with looping(self.model, num_loops, watched), self._hiding(real), _stopping(*self._taps):
+        with (
+            looping(self.model, num_loops, watched),
+            self._hiding(real),
+            _only(self._layer, index),
+            _stopping(*self._taps),
+        ):
             try:
                 self._call(self.model, input_ids, real if self.padding == "argument" else None, sigma)
             except _Reached as reached:
@@ -88,6 +104,8 @@ class Peer(nn.Module):
             else:
                 raise InputError("the model's forward did not come to its head; pass head= or call= to as_denoiser")
         hidden = hidden.to(self.head()[0].dtype)
+        if index is not None and hidden.shape[1] < input_ids.shape[1]:
+            hidden = spread(hidden, index, input_ids.shape[1])
         if real is None:
             return hidden
         hidden = hidden.masked_fill(~real[..., None], 0.0)
@@ -115,9 +133,8 @@ class Peer(nn.Module):
 
     def refresh(self) -> None:
         """Copy the model's present weights into the copy in `dtype`; without one there is nothing to do."""
-        with torch.no_grad():
-            for theirs, mine in self._source:
-                mine.copy_(theirs)
+        if self._source is not None:
+            self._source.refresh()
 
     def _watched(self, num_loops: object, ids: Tensor, real: Tensor | None) -> Tensor | None:
         rule = num_loops.early_exit if isinstance(num_loops, Depth) else None
@@ -125,6 +142,29 @@ class Peer(nn.Module):
             return real
         masked = ids == self.mask_id
         return masked if real is None else masked & real
+
+    def _last_takes_rows(self) -> bool:
+        """Whether the model's last layer may work on some positions alone: nothing but norm and head come behind it.
+
+        Asked of a model of four tokens once, since its forward is not ours.
+        """
+        looped = (layer for loop in loops_of(self.model) for layer in loop.layers)
+        if not self._layer or any(self._layer[0] is layer for layer in looped):
+            return False
+        if self._rows_hold is None:
+            ids = torch.arange(4, device=self.head()[0].device)[None] % self.vocab_size
+            rows = torch.tensor([[False, True, False, True]], device=ids.device)
+            loops = 1 if loops_of(self.model) else None
+            self._rows_hold = False
+            with torch.no_grad():
+                want = self.hidden(ids, None, loops)[rows]
+                self._rows_hold = True
+                try:
+                    got = self.hidden(ids, None, loops, rows=rows)[rows]
+                    self._rows_hold = bool((got - want).norm() <= 0.02 * want.norm())
+                except Exception:  # whatever the model does with what it did not expect
+                    self._rows_hold = False
+        return self._rows_hold
 
     @contextlib.contextmanager
     def _hiding(self, real: Tensor | None) -> Iterator[None]:
@@ -150,6 +190,18 @@ class _Reached(BaseException):
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
+
+
+@contextlib.contextmanager
+def _only(layer: tuple[nn.Module, ...], rows: Tensor | None) -> Iterator[None]:
+    """Let a layer work on some positions alone for a while, rows int64 [B, R]."""
+    for one in layer:
+        one._loopmdm.rows = rows  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for one in layer:
+            one._loopmdm.rows = None  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -211,7 +263,8 @@ def as_denoiser(
     if dtype is not None:
         if not any(is_ours(module) for module in model.modules()):
             raise InputError("dtype needs a patched model: call loopmdm.patch(model) first")
-        model, source = _cast(model, dtype, head or (family.head if family else ()))
+        source = _cast(model, dtype, head or (family.head if family else ()))
+        model = source.copy
     else:
         source = None
     module = _find(model, (head,) if head else family.head if family else ())
@@ -297,25 +350,19 @@ def _setting(config: object, *names: str) -> Any:
     return value(config, *names, default=None)
 
 
-def _cast(
-    model: nn.Module, dtype: torch.dtype, head: str | tuple[str, ...]
-) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+def _cast(model: nn.Module, dtype: torch.dtype, head: str | tuple[str, ...]) -> Recast[nn.Module]:
     """A copy of the model whose projections are in `dtype`; everything else is the same Parameter objects."""
     head_module = _find(model, (head,) if isinstance(head, str) else head)
-    wanted: dict[int, Tensor] = {}
+    called, inner = [], []  # what a layer itself calls may be packed, what lies inside a wrapper (LoRA) may not
     for layer in layers_of(model):
-        skip = layer._loopmdm.layout.modulation  # type: ignore[union-attr]
+        layout = layer._loopmdm.layout  # type: ignore[union-attr]
+        paths = (*layout.qkv, layout.out, *layout.up, layout.down)
         for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear) and not (skip and name == skip):
-                wanted.update({id(p): p for p in module.parameters(recurse=False)})
+            if isinstance(module, nn.Linear) and name != layout.modulation:
+                (called if name in paths else inner).append(module)
     if isinstance(head_module, nn.Linear) and not any(head_module.weight is p for p in _embeddings(model)):
-        wanted.update({id(p): p for p in head_module.parameters(recurse=False)})
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    pairs = []
-    for key, tensor in wanted.items():
-        memo[key] = nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
-        pairs.append((tensor, memo[key]))
-    return copy.deepcopy(model, memo), pairs
+        inner.append(head_module)
+    return Recast(model, called, inner, dtype)
 
 
 def _embeddings(model: nn.Module) -> list[Tensor]:

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
-from ..model.block import rope_table, rotate
+from ..model.block import Context, at
+from ..ops.activation import activation
+from ..ops.linear import project
 from ..ops.residual_norm import residual_norm
+from ..ops.rotary_attention import rope_table, rotary_attention, rotate
 
 Rope = tuple[Tensor, Tensor]
 
@@ -94,12 +97,18 @@ class Shared:
 
 @dataclass
 class Patched:
-    """What a layer needs to be run by this package; its attribute `_loopmdm`. `in_place`: put there by `patch`."""
+    """What a layer needs to be run by this package; its attribute `_loopmdm`.
+
+    Attributes:
+        in_place: put there by `patch`.
+        rows: int64 [B, R], set for the length of a call: the positions that come out, [B, R, D]; None is all.
+    """
 
     family: str
     layout: Layout
     shared: Shared
     in_place: bool = False
+    rows: Tensor | None = None
 
 
 def run(
@@ -113,7 +122,7 @@ def run(
     """x [B, T, D] -> [B, T, D] in x's dtype.
 
     Args:
-        block: a layer that has its `Patched` record.
+        block: a layer that has its `Patched` record; with `rows` there, these positions alone come out.
         rope: (cos, sin), each [T, head_dim / 2] or [1 or B, T, head_dim / 2].
         mask: bool or additive, broadcastable to [B, 1, T, T]; a mask in `Shared` is added to it.
         cond: [1 or B, C], read only with modulation. One row folds the modulation into the norms' gain and bias, made
@@ -128,23 +137,27 @@ def run(
     mask = _both(mask, record.shared.mask)
     causal = causal and mask is None
     p = layout.dropout if block.training else 0.0
+    per_head = mask is not None and (mask.dim() != 4 or mask.shape[1] > 1)
+    rows = None if causal or per_head else record.rows
+    context, was = Context(rope, mask), x
+    x = x if rows is None else at(x, rows)
     if not layout.modulation:
-        _, h = _norm(block, layout.attn_norm, layout, x)
-        x, h = _norm(block, layout.mlp_norm, layout, x, _drop(_attention(block, layout, h, rope, mask, causal), p))
+        _, h = _norm(block, layout.attn_norm, layout, was)
+        x, h = _norm(block, layout.mlp_norm, layout, x, _drop(_attention(block, layout, h, context, causal, rows), p))
         return x + _drop(_mlp(block, layout, h), p)
     if cond is None:
         raise InputError("this layer is modulated; its forward needs the conditioning c, [B, cond_dim]")
     parts = _at(block, layout.modulation)(_one_row(cond)).chunk(6, dim=-1)
     if len(parts[0]) == 1:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part[0].float() for part in parts)
-        _, h = _norm(block, layout.attn_norm, layout, x, None, scale_a, shift_a)
-        branch = gate_a * _drop(_attention(block, layout, h, rope, mask, causal), p)
+        _, h = _norm(block, layout.attn_norm, layout, was, None, scale_a, shift_a)
+        branch = gate_a * _drop(_attention(block, layout, h, context, causal, rows), p)
         x, h = _norm(block, layout.mlp_norm, layout, x, branch, scale_m, shift_m)
         return torch.addcmul(x, gate_m, _drop(_mlp(block, layout, h), p).to(x.dtype))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part[:, None].float() for part in parts)
-    work = _work(block, layout, x)
-    h = (_norm(block, layout.attn_norm, layout, x, wide=True)[1] * (1 + scale_a) + shift_a).to(work)
-    branch = gate_a * _drop(_attention(block, layout, h, rope, mask, causal), p)
+    work = _work(block, layout, was)
+    h = (_norm(block, layout.attn_norm, layout, was, wide=True)[1] * (1 + scale_a) + shift_a).to(work)
+    branch = gate_a * _drop(_attention(block, layout, h, context, causal, rows), p)
     x, h = _norm(block, layout.mlp_norm, layout, x, branch, wide=True)
     h = (h * (1 + scale_m) + shift_m).to(work)
     return x + (gate_m * _drop(_mlp(block, layout, h), p)).to(x.dtype)
@@ -171,13 +184,15 @@ def _norm(
     return residual_norm(x, branch, weight, bias, kind=layout.norm, eps=layout.eps, out_dtype=out_dtype)
 
 
-def _attention(block: Any, layout: Layout, x: Tensor, rope: Rope | None, mask: Tensor | None, causal: bool) -> Tensor:
+def _attention(
+    block: Any, layout: Layout, x: Tensor, context: Context, causal: bool, rows: Tensor | None
+) -> Tensor:  # [B, T, D] -> [B, T or R, D]
     B, T, _ = x.shape
     H, G, hd = layout.heads, layout.groups, layout.head_dim
     if len(layout.qkv) == 3:
-        q, k, v = (_at(block, path)(x).view(B, T, -1, hd) for path in layout.qkv)
+        q, k, v = (project(_at(block, path), x).view(B, T, -1, hd) for path in layout.qkv)
     else:
-        qkv = _at(block, layout.qkv[0])(x)
+        qkv = project(_at(block, layout.qkv[0]), x)
         if layout.interleaved_qkv:
             q, k, v = qkv.view(B, T, G, H // G + 2, hd).split((H // G, 1, 1), dim=3)
             q, k, v = q.reshape(B, T, H, hd), k.squeeze(3), v.squeeze(3)
@@ -185,22 +200,28 @@ def _attention(block: Any, layout: Layout, x: Tensor, rope: Rope | None, mask: T
             q, k, v = qkv.view(B, T, H + 2 * G, hd).split((H, G, G), dim=2)
     if layout.qk_norm == "before_rope":
         q, k = _head_norm(block, layout.q_norm, layout, q), _head_norm(block, layout.k_norm, layout, k)
-    if rope is not None:
-        q, k = (rotate(u, rope, layout.rope_layout, layout.rope_dtype) for u in (q, k))
+    rope, mask = context.queries(rows)
+    if rows is not None:
+        q = at(q, rows)
+    tables = (context.rope, rope)  # of the keys and of the queries
     if layout.qk_norm == "after_rope":
+        if rope is not None and context.rope is not None:
+            q, k = (rotate(u, t, layout.rope_layout, layout.rope_dtype) for u, t in ((q, rope), (k, context.rope)))
+        tables = (None, None)
         q, k = _head_norm(block, layout.q_norm, layout, q), _head_norm(block, layout.k_norm, layout, k)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=layout.attention_dropout if block.training else 0.0,
-        is_causal=causal,
-        enable_gqa=H != G,
+    y = rotary_attention(
+        q,
+        k,
+        v,
+        tables[0],
+        mask,
+        query_rope=tables[1],
+        layout=layout.rope_layout,
+        rope_dtype=layout.rope_dtype,
+        causal=causal,
+        dropout=layout.attention_dropout if block.training else 0.0,
     )
-    return _at(block, layout.out)(y.transpose(1, 2).flatten(2))
+    return project(_at(block, layout.out), y)
 
 
 def _head_norm(block: Any, path: str, layout: Layout, x: Tensor) -> Tensor:
@@ -208,38 +229,9 @@ def _head_norm(block: Any, path: str, layout: Layout, x: Tensor) -> Tensor:
 
 
 def _mlp(block: Any, layout: Layout, x: Tensor) -> Tensor:
-    if layout.activation == "swiglu":
-        if len(layout.up) == 2:
-            gate, up = (_at(block, path)(x) for path in layout.up)
-        else:
-            gate, up = _at(block, layout.up[0])(x).chunk(2, dim=-1)
-        h = F.silu(gate) * up
-    else:
-        up = _at(block, layout.up[0])
-        if layout.activation == "gelu_tanh" and _plain_bf16(up, x):
-            # oneDNN applies it to the product's tiles; by itself it takes a quarter of the product's time
-            h = torch.ops.mkldnn._linear_pointwise(x, up.weight, up.bias, "gelu", [], "tanh")
-            return _at(block, layout.down)(h)
-        h = up(x)
-        if layout.activation == "relu2":
-            h = F.relu(h).square()
-        else:
-            h = F.gelu(h, approximate="tanh" if layout.activation == "gelu_tanh" else "none")
-    return _at(block, layout.down)(h)
-
-
-def _plain_bf16(module: Any, x: Tensor) -> bool:
-    """Whether calling the module is a bf16 product on a CPU, in inference, and nothing else."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and x.is_cpu
-        and x.dtype is module.weight.dtype is torch.bfloat16
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    h, *up = [project(_at(block, path), x) for path in layout.up]
+    h = activation(h, layout.activation, *up)
+    return project(_at(block, layout.down), h)
 
 
 def _at(block: Any, path: str) -> Any:

@@ -8,17 +8,18 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .common import FAILED, Parser, table
+from .common import FAILED, Parser
 
 
 def options(parser: Parser) -> None:
     parser.add_argument("--select", metavar="EXPRESSION", help="those whose names match, as pytest -k has it")
     parser.add_argument("--full", action="store_true", help="the slow ones too: 64 steps of the larger model")
-    parser.add_argument("--rounds", type=int, help="timed rounds a row (default 7 on a CPU, 20 on a GPU)")
+    parser.add_argument("--rounds", type=int, help="timed rounds a row (default 5 or more on a CPU, 20 on a GPU)")
     parser.add_argument("--out", metavar="FILE", help="where to write (default benchmarks/results/bench-DEVICE.json)")
     parser.add_argument("--plot", metavar="PNG", help="draw the ratios too")
     other = parser.add_mutually_exclusive_group()
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.compare:
         cells, verdict = bench.compare(*map(bench.load, options.compare))
-        print(table(cells), *verdict, sep="\n")
+        _print(cells, verdict)
         return 0
     if options.readme or options.check_readme:
         return _readme(checkout(), options.check_readme)
@@ -47,13 +48,26 @@ def run(options: argparse.Namespace) -> int:
         results, status = bench.load(options.show), 0
     else:
         results, status = _measure(checkout(), options)
-    print(table(bench.table(results)))
+    print(f"{bench.title(results)}\n")
+    _print(bench.table(results), bench.LEGEND)
     if options.plot:
         from ..lab.plots import ratios
 
         ratios(Path(options.plot), results)
         print(f"\n{options.plot}")
     return status
+
+
+def _print(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+    """Columns to the right; a row with nothing but a name is a heading, and as long as it likes."""
+    widths = [max(map(len, column)) for column in zip(*(row for row in rows if any(row[1:])), strict=True)]
+    for name, *cells in rows:
+        if any(cells):
+            line = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            print(f"{name.ljust(widths[0])}  {line}".rstrip())
+        else:
+            print(f"\n{name}")
+    print("", *notes, sep="\n")
 
 
 def checkout() -> Path:

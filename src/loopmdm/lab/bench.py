@@ -122,16 +122,36 @@ def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def title(results: Mapping[str, Any]) -> str:
+    """ "AMD EPYC, 2 threads, torch 2.13.0, revision 0123456789, 2026-01-02"."""
+    return (
+        f"{results['device']}, {results['threads']} threads, torch {results['versions']['torch']}, "
+        f"revision {str(results['revision'])[:10]}, {results['date']}"
+    )
+
+
+LEGEND = (
+    "the reference: its median over the same rounds, each just before one of the arm",
+    "times faster: median over rounds of the reference's time over the arm's; in brackets, 95% of repeated runs",
+    "share of peak: achieved FLOP/s over those of this machine's own matrix product",
+    "peak memory: the most that one round holds of torch's memory beyond what it was given",
+)
+"""What the columns of `table` mean."""
+
+
 def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells, a heading first; a group's name stands in a row of its own."""
-    out: list[tuple[str, ...]] = [("", "median", "times faster", "tokens/s", "share of matmul", "peak memory")]
+    out: list[tuple[str, ...]] = [
+        ("", "median", "the reference", "times faster", "tokens/s", "share of peak", "peak memory")
+    ]
     for name, rows in groups(results["rows"]).items():
-        out.append((name, "", "", "", "", ""))
+        out.append((name, "", "", "", "", "", ""))
         for row in rows:
             share, memory = row.get("share_of_matmul"), row.get("peak_bytes")
             cells = (
                 f"  {row['arm']}",
                 seconds(row["seconds"]),
+                seconds(row["reference_seconds"]) if "reference_seconds" in row else "",
                 ratio(row),
                 f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "",
                 f"{100 * share:.0f}%" if share is not None else "",
@@ -142,11 +162,9 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def seconds(value: float) -> str:
-    """1.5e-5 -> "15.0 µs"."""
-    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
-        if value < limit:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value:.3g} s"
+    """Three digits: 1.5e-5 -> "15.0 µs"."""
+    factor, unit = (1e6, "µs") if value < 0.9995e-3 else (1e3, "ms") if value < 0.9995 else (1.0, "s")
+    return f"{value * factor:#.3g} {unit}".replace(". ", " ")
 
 
 def ratio(row: Row) -> str:
@@ -159,13 +177,14 @@ def ratio(row: Row) -> str:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
     """(cells of a table, heading first; sentences): how far two runs agree.
 
-    A row agrees when each run's ratio lies in the other's interval; a group, when the geometric means of its ratios are
-    within 10%. Rows without a ratio are compared by their times, which depend on the machine.
+    A row agrees when each run's ratio lies in the other's interval, as 19 rows in 20 should; what was measured at
+    several sizes (the part of a group's name before ":"), when the geometric means of its ratios are within 10%. Rows
+    without a ratio are compared by their times, which depend on the machine.
     """
     cells: list[tuple[str, ...]] = [("", "first", "second", "second / first", "")]
     theirs = {(row["group"], row["arm"]): row for row in b["rows"]}
-    inside = total = 0
-    apart = []
+    inside = 0
+    shifts: dict[str, list[float]] = {}
     for name, rows in groups(a["rows"]).items():
         pairs = [(row, theirs[name, row["arm"]]) for row in rows if (name, row["arm"]) in theirs]
         if not pairs:
@@ -175,20 +194,25 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[tuple[str,
             if "ratio" in one and "ratio" in two:
                 agree = one["ratio_low"] <= two["ratio"] <= one["ratio_high"]
                 agree = agree and two["ratio_low"] <= one["ratio"] <= two["ratio_high"]
-                inside, total = inside + agree, total + 1
+                inside += agree
                 change = two["ratio"] / one["ratio"]
+                shifts.setdefault(name.partition(":")[0], []).append(math.log(change))
                 cells.append((f"  {one['arm']}", ratio(one), ratio(two), f"{change:.2f}", "" if agree else "outside"))
             else:
                 change = two["seconds"] / one["seconds"]
                 cells.append((f"  {one['arm']}", seconds(one["seconds"]), seconds(two["seconds"]), f"{change:.2f}", ""))
-        shifts = [math.log(two["ratio"] / one["ratio"]) for one, two in pairs if "ratio" in one and "ratio" in two]
-        if shifts and abs(sum(shifts) / len(shifts)) > math.log(1.1):
-            apart.append(name)
     if len(cells) == 1:
         raise InputError("the two files have no row in common")
-    verdict = [f"{inside} of {total} ratios lie inside the other run's interval."]
+    changes = [change for part in shifts.values() for change in part]
+    apart = [name for name, part in shifts.items() if abs(sum(part) / len(part)) > math.log(1.1)]
+    verdict = [f"{inside} of {len(changes)} ratios lie inside the other run's interval."]
+    if changes:
+        typical = math.exp(math.sqrt(sum(change**2 for change in changes) / len(changes))) - 1
+        verdict[0] += f" They differ by {100 * typical:.1f}% (root mean square)."
     verdict.append(
-        f"Group means differ by more than 10% in: {'; '.join(apart)}." if apart else "All group means agree within 10%."
+        f"Means over sizes differ by more than 10% in: {'; '.join(apart)}."
+        if apart
+        else "All means over sizes agree within 10%."
     )
     for key in SHARED:
         if a.get(key) != b.get(key):
@@ -214,8 +238,7 @@ def summary(folder: str | Path, wanted: Sequence[str] = ()) -> str:
             continue
         what = "median time, times faster" if gpu else "times faster (95% interval)"
         lines += [
-            f"{results['device']}, {results['threads']} threads, torch {results['versions']['torch']}, "
-            f"revision {str(results['revision'])[:10]}, {results['date']}:",
+            f"{title(results)}:",
             "",
             f"| measured | arm | {what} | tokens/s |",
             "|---|---|---|---|",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
@@ -14,8 +15,10 @@ from torch import Tensor
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from ..errors import InputError
+from . import bench
 from .measured import HELD_OUT
 
 LOOPED, UNLOOPED, LIMIT = "#1f5fa8", "#c2571a", "#888888"
@@ -236,38 +239,61 @@ def _bars(errors: Iterable[float | None]) -> list[float]:
     return [0.0 if error is None else error for error in errors]
 
 
+COLUMN = 56  # lines of a column of `ratios`
+
+
 def ratios(path: Path, results: dict[str, Any]) -> None:
-    """Times faster than the reference, with intervals: a bar an arm, on a logarithmic axis around 1."""
-    rows = [row for row in results["rows"] if "ratio" in row]
-    if not rows:
+    """Times faster than the reference, with intervals: a line an arm under its group's name, columns side by side."""
+    found = {name: [r for r in rows if "ratio" in r] for name, rows in bench.groups(results["rows"]).items()}
+    every = [row for rows in found.values() for row in rows]
+    if not every:
         raise InputError("there is no ratio to draw: every row is a reference's own")
-    kinds = list(dict.fromkeys(row["group"].partition(":")[0] for row in rows))
-    heights = [0.8 + 0.28 * sum(row["group"].partition(":")[0] == kind for row in rows) for kind in kinds]
-    figure, axes = plt.subplots(
-        len(kinds), 1, figsize=(9, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    for (axis,), kind in zip(axes, kinds, strict=True):
-        chosen = [row for row in reversed(rows) if row["group"].partition(":")[0] == kind]
-        labels = [f"{row['group'].partition(':')[2].strip()}  {row['arm']}" for row in chosen]
-        middle = [row["ratio"] for row in chosen]
-        bars = [[m - row["ratio_low"] for m, row in zip(middle, chosen, strict=True)],
-                [row["ratio_high"] - m for m, row in zip(middle, chosen, strict=True)]]  # fmt: skip
-        colours = [LOOPED if m >= 1 else UNLOOPED for m in middle]
-        axis.barh(range(len(chosen)), [m - 1 for m in middle], left=1, color=colours, xerr=bars, height=0.6)
-        axis.set_yticks(range(len(chosen)), labels, fontsize=7)
-        axis.set_xscale("log")
-        marks = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
-        axis.set_xticks(marks, [f"{mark:g}x" for mark in marks])
-        axis.set_xlim(0.9 * min(1, *(row["ratio_low"] for row in rows)), 1.1 * max(1, *(r["ratio_high"] for r in rows)))
-        axis.xaxis.set_minor_formatter(lambda value, _: "")
-        axis.axvline(1, color=LIMIT, linewidth=0.8)
-        axis.set_title(f"{kind}: times faster than the reference", loc="left", fontsize=9)
-    title = f"{results['device']}, {results['threads']} threads, revision {str(results['revision'])[:10]}"
-    _save(figure, path, title, 1 - 0.1 / sum(heights))
+    columns: list[list[str | dict[str, Any]]] = [[]]
+    for name, rows in found.items():
+        if columns[-1] and len(columns[-1]) + 1 + len(rows) > COLUMN:
+            columns.append([])
+        columns[-1] += [name, *rows] if rows else []
+    lines = max(map(len, columns))
+    height = 1.6 + 0.2 * lines
+    reach = 0.8 * min(1, *(row["ratio_low"] for row in every)), 1.9 * max(1, *(row["ratio_high"] for row in every))
+    figure, axes = plt.subplots(1, len(columns), figsize=(max(8.0, 6.4 * len(columns)), height), squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        _ratios(axis, column, reach)
+        axis.set_ylim(lines - 0.4, -0.8)
+    handles = [Line2D([], [], color=colour, marker="o", markersize=4) for colour in (LOOPED, UNLOOPED, LIMIT)]
+    names = ["faster than the reference", "slower", "cannot be told apart"]
+    figure.legend(handles, names, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    what = "Times faster than the reference, and where 95% of repeated runs lie"
+    _save(figure, path, f"{what}\n{bench.title(results)}", 0.4 / height)
 
 
-def _save(figure: Any, path: Path, title: str, top: float = 0.98) -> None:
-    figure.suptitle(title, fontsize=11, y=top, va="top")
-    figure.tight_layout(rect=(0, 0, 1, 1 if top == 0.98 else 2 * top - 1))
+def _ratios(axis: Axes, column: list[str | dict[str, Any]], reach: tuple[float, float]) -> None:
+    """Names of groups above their arms, the interval of each arm, its ratio at the right."""
+    edge = axis.get_yaxis_transform()
+    small: dict[str, Any] = {"transform": edge, "fontsize": 7.5, "va": "center"}
+    for y, line in enumerate(column):
+        if isinstance(line, str):
+            axis.text(-0.4, y, line, fontweight="bold", backgroundcolor="white", **small)
+            continue
+        low, middle, high = (line[key] for key in ("ratio_low", "ratio", "ratio_high"))
+        colour = LOOPED if low > 1 else UNLOOPED if high < 1 else LIMIT
+        axis.plot([low, high], [y, y], color=colour, linewidth=2)
+        axis.plot(middle, y, "o", color=colour, markersize=4)
+        axis.text(-0.02, y, line["arm"], ha="right", **small)
+        axis.text(0.99, y, f"{middle:.2f}", ha="right", **small)
+    axis.set_xscale("log")
+    axis.set_xlim(reach)
+    marks = [2.0**n for n in range(math.ceil(math.log2(reach[0])), math.floor(math.log2(reach[1])) + 1)]
+    axis.set_xticks(marks, [f"{mark:g}x" for mark in marks], fontsize=8)
+    axis.minorticks_off()
+    axis.set_yticks([])
+    axis.grid(axis="x", color="#dddddd", linewidth=0.5)
+    axis.axvline(1, color=LIMIT, linewidth=0.8)
+    axis.spines[["left", "right", "top"]].set_visible(False)
+
+
+def _save(figure: Any, path: Path, title: str, below: float = 0.0) -> None:
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout(rect=(0, below, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)

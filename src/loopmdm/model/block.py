@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..ops.activation import activation
+from ..ops.linear import project
 from ..ops.residual_norm import residual_norm
+from ..ops.rotary_attention import rotary_attention, rotate
 
 
 class Context(NamedTuple):
@@ -44,6 +47,15 @@ class Context(NamedTuple):
             cond=None if self.cond is None else pick(self.cond, 2),
             positions=None if self.positions is None else pick(self.positions, 2),
         )
+
+    def queries(self, rows: Tensor | None) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """rope and mask of the queries at `rows`, int64 [B, R]; None is all of them."""
+        rope, mask = self.rope, self.mask
+        if rows is None:
+            return rope, mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = at(mask[:, 0], rows)[:, None]
+        return rope and (at(rope[0], rows), at(rope[1], rows)), mask
 
 
 class Norm(nn.Module):
@@ -77,20 +89,26 @@ class Attention(nn.Module):
             self.q_norm = Norm(config, self.head_dim, "rmsnorm")
             self.k_norm = Norm(config, self.head_dim, "rmsnorm")
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
+    def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; of the positions `rows` [B, R] alone, which attend to all, [B, R, D]."""
         B, T, _ = x.shape
         H, G = self.heads, self.groups
         # split, not slices: its backward is one concatenation
-        q, k, v = self.qkv(x).view(B, T, H + 2 * G, self.head_dim).split((H, G, G), dim=2)
+        q, k, v = project(self.qkv, x).view(B, T, H + 2 * G, self.head_dim).split((H, G, G), dim=2)
         if self.qk_order == "before_rope":
             q, k = self.q_norm(q)[1], self.k_norm(k)[1]
-        if context.rope is not None:
-            q, k = (rotate(u, context.rope, self.layout, self.rope_dtype) for u in (q, k))
+        rope, mask = context.queries(rows)
+        if rows is not None:
+            q = at(q, rows)
+        tables = (context.rope, rope)  # of the keys and of the queries
         if self.qk_order == "after_rope":
-            q, k = self.q_norm(q)[1], self.k_norm(k)[1]
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, hd], twice [B, G, T, hd]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, enable_gqa=H != G)
-        return self.out(y.transpose(1, 2).flatten(2))
+            if rope is not None and context.rope is not None:
+                q, k = (rotate(u, t, self.layout, self.rope_dtype) for u, t in ((q, rope), (k, context.rope)))
+            q, k, tables = self.q_norm(q)[1], self.k_norm(k)[1], (None, None)
+        y = rotary_attention(
+            q, k, v, tables[0], mask, query_rope=tables[1], layout=self.layout, rope_dtype=self.rope_dtype
+        )
+        return project(self.out, y)
 
 
 class MLP(nn.Module):
@@ -104,15 +122,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
-        h = self.up(x)
-        if self.act == "swiglu":
-            gate, up = h.chunk(2, dim=-1)
-            h = F.silu(gate) * up
-        elif self.act == "relu2":
-            h = F.relu(h).square()
-        else:
-            h = F.gelu(h, approximate="tanh" if self.act == "gelu_tanh" else "none")
-        return self.down(h)
+        return project(self.down, activation(project(self.up, x), self.act))
 
 
 class Block(nn.Module):
@@ -142,50 +152,34 @@ class Block(nn.Module):
             nn.init.zeros_(self.attn.out.weight)
             nn.init.zeros_(self.mlp.down.weight)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
+    def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D].
+
+        With rows, int64 [B, R], only these positions come out, [B, R, D]: all that a last layer needs where the head
+        reads few. They attend to all.
+        """
         dtype = self.mlp.up.weight.dtype  # the residual stream may be wider than the parameters
         h = self.attn_norm(x, out_dtype=dtype)[1]
         if self.modulation is None:
-            x, h = self.mlp_norm(x, self._drop(self.attn(h, context)), dtype)
+            branch = self.attn(h, context, rows)
+            x, h = self.mlp_norm(x if rows is None else at(x, rows), self._drop(branch), dtype)
             return x + self._drop(self.mlp(h))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(context.cond)[:, None].chunk(6, dim=-1)
-        branch = self.attn(modulate(h, shift_a, scale_a), context)
-        x, h = self.mlp_norm(x, gate_a * self._drop(branch), dtype)
-        return x + gate_m * self._drop(self.mlp(modulate(h, shift_m, scale_m)))
+        branch = self.attn(modulate(h, shift_a, scale_a).to(dtype), context, rows)
+        x, h = self.mlp_norm(x if rows is None else at(x, rows), gate_a * self._drop(branch), dtype)
+        return x + gate_m * self._drop(self.mlp(modulate(h, shift_m, scale_m).to(dtype)))
 
     def _drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
 
 
+def at(x: Tensor, rows: Tensor) -> Tensor:
+    """x [T, ..] or [1 or B, T, ..], rows int64 [B, R] -> [B, R, ..]."""
+    if x.dim() == 2:
+        return x[rows]
+    return x[torch.arange(len(rows), device=x.device)[:, None] if len(x) > 1 else 0, rows]
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x [B, T, D], shift and scale [1 or B, 1, D] -> x * (1 + scale) + shift."""
     return x * (1 + scale) + shift
-
-
-def rope_table(
-    positions: Tensor, head_dim: int, theta: float, sign: int = 1, dtype: str = "float32"
-) -> tuple[Tensor, Tensor]:
-    """positions [...], any integer dtype -> (cos, sin), each [..., head_dim/2] in fp32 (RoFormer, eq. 34).
-
-    dtype "bfloat16" rounds the numbers to it.
-    """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = sign * positions[..., None].float() * frequency
-    if dtype == "bfloat16":
-        return angle.cos().bfloat16().float(), angle.sin().bfloat16().float()
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor], layout: str, dtype: str) -> Tensor:
-    """Rotate pairs of x [B, T, heads, hd] by the angles of `table`, in fp32 or (dtype "input") in x's dtype.
-
-    "half" pairs i with i + hd/2 (GPT-NeoX, Llama in transformers); "interleaved" pairs 2i with 2i + 1.
-    """
-    work = torch.promote_types(x.dtype, torch.float32) if dtype == "float32" else x.dtype
-    cos, sin = (part.to(work).unsqueeze(-2) for part in table)  # [.., T, 1, hd/2]
-    y = x.to(work)
-    if layout == "half":
-        a, b = y.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    a, b = y[..., 0::2], y[..., 1::2]
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)

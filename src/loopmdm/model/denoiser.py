@@ -29,6 +29,8 @@ class Denoiser(Protocol):
         logit_shift: 0 if the token at i is read at i; 1 if it is read at i - 1 (Dream).
         max_loops: the S that training saw at most, used when none is given; 1 for an unlooped model.
         takes_depth: optional. True where `hidden` also takes an S a sequence or a `model.depth.Depth`.
+        takes_rows: optional. True where `hidden` also takes `rows`, bool [B, T]: where its output will be read;
+            elsewhere it may be anything.
 
     `hidden` may take `document_ids` too (`LoopMDM.forward`), for losses and bounds of packed rows.
     """
@@ -77,6 +79,31 @@ def rows_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor) -> Tensor:
         return hidden[rows]
     batch, position = rows.nonzero(as_tuple=True)
     return hidden[batch, (position - denoiser.logit_shift).clamp(min=0)]
+
+
+def read_at(denoiser: Denoiser, rows: Tensor) -> Tensor:
+    """bool [B, T], the positions whose hidden states `rows_at` reads for `rows`."""
+    if not denoiser.logit_shift:
+        return rows
+    s = denoiser.logit_shift
+    read = torch.zeros_like(rows)
+    read[:, : rows.shape[1] - s] = rows[:, s:]
+    read[:, 0] |= rows[:, :s].any(-1)
+    return read
+
+
+def few(rows: Tensor | None) -> Tensor | None:
+    """rows bool [B, T] -> int64 [B, R], each sequence's own before some others of it; None if R is near T."""
+    if rows is None:
+        return None
+    most = int(rows.sum(-1).max())
+    return None if 4 * most > 3 * rows.shape[1] else (~rows).byte().argsort(dim=-1, stable=True)[:, :most]
+
+
+def spread(hidden: Tensor, rows: Tensor, tokens: int) -> Tensor:
+    """hidden [B, R, D] at the positions rows int64 [B, R] -> [B, T, D], elsewhere 0."""
+    out = hidden.new_zeros(hidden.shape[0], tokens, hidden.shape[2])
+    return out.scatter(1, rows[..., None].expand_as(hidden), hidden)
 
 
 def logits_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor) -> Tensor:

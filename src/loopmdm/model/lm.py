@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, preset
 from ..errors import InputError
-from .block import Block, Context, Norm, modulate, rope_table
+from ..ops.rotary_attention import rope_table
+from .block import Block, Context, Norm, modulate
 from .checkpoint import Checkpoint
-from .denoiser import suppress
+from .denoiser import few, spread, suppress
 from .depth import Depth, check_over, planned
 from .flops import forward_flops
 from .fused import Fused
 from .loop import Anchored, Boundary, LoopedBlock
+from .packed import Recast
 
 
 class Output:
@@ -59,6 +61,7 @@ class LoopMDM(Checkpoint):
     """
 
     takes_depth = True
+    takes_rows = True
     max_length: int | None
     suppressed_ids: tuple[int, ...]
 
@@ -142,8 +145,13 @@ class LoopMDM(Checkpoint):
         num_loops: int | Tensor | Depth | None = None,
         sigma: Tensor | None = None,
         document_ids: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """As `forward`, but only the final hidden states [B, T, D]."""
+        """As `forward`, but only the final hidden states [B, T, D].
+
+        Args:
+            rows: bool [B, T], where they will be read; elsewhere they may then be 0. The last layer works there alone.
+        """
         self._check(input_ids, attention_mask, document_ids)
         loops, depth = planned(num_loops, self.max_loops, len(input_ids))
         self._check_depth(depth)
@@ -164,21 +172,35 @@ class LoopMDM(Checkpoint):
             ]
             x = depth.outputs[-1]
         else:
-            x = self._read(x, loops, context, depth, attention_mask)
+            x = self._read(x, loops, context, depth, attention_mask, few(rows))
         if isinstance(num_loops, Depth):
             num_loops.visits, num_loops.outputs = depth.visits, depth.outputs
         return x
 
     def _read(
-        self, x: Tensor, loops: int | Tensor, context: Context, depth: Depth, attention_mask: Tensor | None
+        self,
+        x: Tensor,
+        loops: int | Tensor,
+        context: Context,
+        depth: Depth,
+        attention_mask: Tensor | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """The looped block's output -> final hidden states; further looped blocks make `loops` visits."""
+        """The looped block's output -> final hidden states; further looped blocks make `loops` visits.
+
+        rows: int64 [B, R], where they will be read.
+        """
+        tokens = x.shape[1]
         for layer in self.coda:
             if isinstance(layer, LoopedBlock):
                 x = layer(x, Depth(loops, checkpoint=depth.checkpoint), context)
+            elif rows is not None and layer is self.coda[-1]:
+                x = layer(x, context, rows)
             else:
                 x = layer(x, context)
         x = self._final(x, context)
+        if rows is not None and x.shape[1] < tokens:
+            x = spread(x, rows, tokens)
         return x if attention_mask is None else x * attention_mask.to(x.dtype)[..., None]
 
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -193,6 +215,22 @@ class LoopMDM(Checkpoint):
         Arguments and errors are those of `model.fused.Fused`.
         """
         return Fused(self, dtype, impl, attention_impl)
+
+    def packed(self, dtype: torch.dtype | None = None) -> Self:
+        """The model as it is now for inference on a CPU: the layers' projections laid out for its product.
+
+        Another LoopMDM, which shares all other tensors with this one. After the weights changed make a new one; it
+        cannot be saved or trained.
+
+        Args:
+            dtype: of the layers' projections and the head, such as `torch.bfloat16`; None keeps this model's. Norms,
+                embeddings and a head that is tied to them keep theirs.
+        """
+        projections = (
+            m for layer in self.layers for m in (layer.attn.qkv, layer.attn.out, layer.mlp.up, layer.mlp.down)
+        )
+        head = () if self.config.tie_word_embeddings else (self.lm_head,)
+        return Recast(self, projections, head, dtype).copy
 
     def relooped(
         self,
@@ -281,7 +319,7 @@ class LoopMDM(Checkpoint):
         h = self.final_norm(x, out_dtype=self.lm_head.weight.dtype)[1]
         if context.cond is not None:
             shift, scale = self.final_modulation(context.cond)[:, None].chunk(2, dim=-1)
-            h = modulate(h, shift, scale)
+            h = modulate(h, shift, scale).to(h.dtype)
         return h
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:

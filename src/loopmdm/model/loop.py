@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..ops.residual_norm import residual_norm
-from .block import Block, Context, rope_table
+from ..ops.rotary_attention import rope_table
+from .block import Block, Context
 from .depth import Depth, apart, planned, stops
 
 if TYPE_CHECKING:

@@ -113,6 +113,7 @@ class Op:
             all of them, so the one that gains least decides.
         sizes: for "cpu" and "cuda" the sizes that it times, smallest first, each the bounds of a row; a name that is
             left out is unbounded, and `problems` take something large for it. None for a device: not timed there.
+        forward_only: the impls that have no backward though the op has: compared and timed without gradients.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Op:
     refuses: Callable[..., str | None] | None = None
     problems: tuple[Callable[..., dict[str, Any]], ...] = ()
     sizes: Mapping[str, tuple[Mapping[str, int], ...]] = field(default_factory=dict)
+    forward_only: tuple[str, ...] = ()
     _pins: list[Pin] = field(default_factory=list, init=False, repr=False)
 
     def choose(
@@ -206,27 +208,40 @@ class Op:
     def deviation(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> float:
         """Largest max|a-b|/max|b| over outputs and gradients of `impl` against torch on the examples."""
         taken = self.taken(impl, device, dtype)
-        got, want = (self._results(taken, which, device, dtype, seed) for which in (impl, "torch"))
+        training = impl not in self.forward_only
+        got, want = (self._results(taken, which, device, dtype, seed, training) for which in (impl, "torch"))
         return max((relative(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
 
     def results(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
         """Outputs and gradients of every example that `impl` takes."""
-        return self._results(self.taken(impl, device, dtype), impl, device, dtype, seed)
+        return self._results(self.taken(impl, device, dtype), impl, device, dtype, seed, impl not in self.forward_only)
 
     def _results(
-        self, examples: tuple[Example, ...], impl: str, device: torch.device, dtype: torch.dtype, seed: int
+        self,
+        examples: tuple[Example, ...],
+        impl: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        training: bool,
     ) -> list[torch.Tensor]:
-        return [t for example in examples for t in self.run(example, impl, device, dtype, seed)]
+        return [t for example in examples for t in self.run(example, impl, device, dtype, seed, training)]
 
     def run(
-        self, example: Example, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0
+        self,
+        example: Example,
+        impl: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int = 0,
+        training: bool = True,
     ) -> list[torch.Tensor]:
-        """Outputs and gradients of one problem."""
+        """Outputs and, with `training`, gradients of one problem."""
         rng = torch.Generator(device="cpu").manual_seed(seed)
         kwargs = example(device, dtype, rng)
         leaves = []
         with torch.enable_grad():
-            for name in self.grads:
+            for name in self.grads if training else ():
                 if kwargs.get(name) is None:
                     continue
                 kwargs[name] = kwargs[name].detach().requires_grad_()

@@ -431,13 +431,17 @@ class Cpp:
         )
 
     def groups(self, part: slice) -> Groups:
-        shape = (len(self.x[part]), -(-self.vocab // SPAN))
-        best, dot = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
-        total, tempered = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
-        own = self.scale != 1
-        where = (best.data_ptr(), total.data_ptr(), dot.data_ptr(), tempered.data_ptr() if own else 0)
+        return self._groups(part)[0]
+
+    def _groups(self, part: slice) -> tuple[Groups, Tensor, Tensor]:
+        """And each group's second largest logit, fp32, and the largest one's place in it, int32."""
+        shape = (part.stop - part.start, -(-self.vocab // SPAN))
+        best, dot, second = (torch.empty(shape, dtype=torch.float32) for _ in range(3))
+        total, at = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
+        tempered = torch.empty_like(total) if self.scale != 1 else None
+        where = (0 if t is None else t.data_ptr() for t in (best, total, dot, tempered, second, at))
         self.native.head_groups_cpu(self.head(part), self.scale, *where, torch.get_num_threads())
-        return Groups(best, total, dot, tempered if own else None)
+        return Groups(best, total, dot, tempered), second, at
 
     def inside(self, part: slice, group: Tensor) -> Tensor:
         """fp32 [n, m, 128], the logits of groups int64 [n, m]."""
@@ -450,13 +454,13 @@ class Cpp:
 
     def rows(self, part: slice, draw: Draw) -> HeadStats:
         """What `_of_groups` does without top-k, in one call."""
-        stats = self.groups(part)
+        stats, second, at = self._groups(part)
         token = torch.empty(len(stats.best), dtype=torch.int64)
         values = torch.empty(5, len(token), dtype=torch.float32)
         tempered = stats.total if stats.tempered is None else stats.tempered
         noise = [t.contiguous() for t in draw.noise] if draw.temperature else [None] * 3
         judged = None if draw.tokens is None else draw.tokens.contiguous()
-        given = (stats.best, stats.total, stats.dot, tempered, *noise, judged, token, values)
+        given = (stats.best, stats.total, stats.dot, tempered, second, at, *noise, judged, token, values)
         where = (0 if t is None else t.data_ptr() for t in given)
         self.native.head_rows_cpu(self.head(part), self.scale, *where, torch.get_num_threads())
         return HeadStats(token, *values)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, nearest
-from .contract import Op
+from . import native
+from .contract import Op, extension
 
 KINDS = ("rmsnorm", "layernorm")
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,7 +46,8 @@ def residual_norm(
             (s - mean(s)) / sqrt(var(s) + eps) with the biased variance (Ba et al. 2016, equations 3 and 4).
         eps: added to the mean square or variance, in their unit (that of s squared).
         out_dtype: dtype of normed; x's by default.
-        impl: "auto", "torch" or "triton" (bfloat16, float16, float32; D up to 4096).
+        impl: "auto", "torch", "triton" (bfloat16, float16, float32; D up to 4096) or "cpp" (CPU; bfloat16 and float32
+            in any mixture, no gradients).
 
     Returns:
         summed [..., D] in x's dtype (x itself where branch is None) and normed [..., D] in out_dtype.
@@ -56,7 +58,14 @@ def residual_norm(
     out_dtype = out_dtype or x.dtype
     _check(x, branch, weight, bias, kind, eps, out_dtype)
     dim = x.shape[-1]
-    choice = OP.choose(impl, x.device, x.dtype, rows=x.numel() // dim, dim=dim)
+    size = {"rows": x.numel() // dim, "dim": dim, "level_below_4": native.level_below_4()}
+
+    def refuses(which: str) -> str | None:
+        return _refuses(which, x, branch, weight, bias, out_dtype=out_dtype)
+
+    choice = OP.choose(impl, x.device, x.dtype, refuses, **size)
+    if choice.impl == "cpp":
+        return _cpp(x, branch, weight, bias, kind == "layernorm", eps, out_dtype)
     if choice.impl == "triton":
         reason = _not_fused(x, branch, weight, bias)
         if reason is None:
@@ -97,6 +106,76 @@ def _check(
         raise InputError(f"residual_norm has no kind {kind!r}{nearest(kind, KINDS)}")
     if eps < 0:
         raise InputError(f"residual_norm: eps is {eps}; it must not be negative")
+
+
+def _refuses(
+    impl: str,
+    x: Tensor,
+    branch: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    **_: Any,
+) -> str | None:
+    """Why "cpp" cannot take this problem, or None; what "triton" cannot take is said by `_not_fused`."""
+    if impl != "cpp":
+        return None
+    for t in (x, branch, weight, bias):
+        if t is not None and not (t.dtype in native.DTYPES and t.is_cpu):
+            return f"a tensor is {t.dtype} on {t.device}, it takes bfloat16 and float32 on the CPU; use impl='torch'"
+    if out_dtype is not None and out_dtype not in native.DTYPES:
+        return f"out_dtype is {out_dtype}, it gives bfloat16 and float32; use impl='torch'"
+    if not x.numel():
+        return "x is empty; use impl='torch'"
+    return native.watched(x, branch, weight, bias)
+
+
+def _cpp(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centre: bool,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    dim = x.shape[-1]
+    rows = x.numel() // dim
+    at = (1, rows, 0, dim)  # outer and inner rows, and their strides
+    summed = x
+    if branch is not None:
+        x, branch = x.contiguous(), branch.contiguous()
+        summed = torch.empty_like(x)
+    elif not x.is_contiguous():
+        found = _two_strides(x)
+        if found is None:
+            x = x.contiguous()
+        else:
+            at = found
+    weight, bias = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
+    normed = torch.empty(x.shape, dtype=out_dtype)
+    tensors = (x, branch, weight, bias, None if branch is None else summed, normed)
+    extension().residual_norm_cpu(
+        [0 if t is None else t.data_ptr() for t in tensors],
+        (at[0], at[1], dim, at[2], at[3]),
+        eps,
+        (centre, *[t is not None and t.dtype is torch.bfloat16 for t in (x, branch, weight, bias, normed)]),
+        torch.get_num_threads(),
+    )
+    return summed, normed
+
+
+def _two_strides(x: Tensor) -> tuple[int, int, int, int] | None:
+    """(outer rows, inner rows, outer's stride, inner's) of x [.., H, D], heads inside a projection, or None."""
+    if x.ndim < 3 or x.stride(-1) != 1:
+        return None
+    outer = 1
+    for i in range(x.ndim - 2):
+        if i < x.ndim - 3 and x.stride(i) != x.stride(i + 1) * x.shape[i + 1]:
+            return None
+        outer *= x.shape[i]
+    return outer, x.shape[-2], x.stride(-3), x.stride(-2)
 
 
 def _not_fused(x: Tensor, *others: Tensor | None) -> str | None:
@@ -314,17 +393,22 @@ def _stream(
     return {"x": x.to(device, dtype), "branch": branch.to(device, half), "weight": weight.to(device), "out_dtype": half}
 
 
+_CPU_SIZES = ((64, 512), (1024, 512), (1024, 2048), (16384, 512), (16384, 2048))
+
 OP = Op(
     name="residual_norm",
     call=residual_norm,
     examples=(_uniform, _as_trained, _norm_alone),
-    impls=("torch", "triton"),
+    impls=("torch", "triton", "cpp"),
     dtypes=FUSED_DTYPES,
+    refuses=_refuses,
+    forward_only=("cpp",),
     tolerance={torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5},
     grads=("x", "branch", "weight", "bias"),
     problems=(_stream,),
     sizes={
         "cuda": tuple({"rows": rows, "dim": dim} for rows in (512, 8192) for dim in (512, 1024, 2048, 4096))
-        + tuple({"dim": dim} for dim in (512, 1024, 2048, 4096))
+        + tuple({"dim": dim} for dim in (512, 1024, 2048, 4096)),
+        "cpu": tuple({"rows": rows, "dim": dim} for rows, dim in _CPU_SIZES),
     },
 )

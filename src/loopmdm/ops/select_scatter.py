@@ -93,9 +93,14 @@ def select_scatter(
         bound = torch.zeros_like(k, dtype=torch.float64)
     if eos is None:
         eos = k[:0]
-    run = _reference if impl == "torch" else _select_scatter
     args = (scores, proposed, tokens, masked, eligible, k, bound, eos, again, ends, done, rule, mask_id, remask, impl)
-    revealed, remasked = run(*args)
+    if impl == "torch":
+        revealed, remasked = _reference(*args)
+    elif torch.compiler.is_compiling() or type(scores) is not Tensor:
+        revealed, remasked = _select_scatter(*args)
+    else:  # the op's own dispatch takes ten times as long as what it calls
+        revealed, remasked = _run(*args)
+        torch.autograd.graph.increment_version((tokens, masked, done))
     return Step(tokens, masked, done, revealed, remasked)
 
 
@@ -210,8 +215,7 @@ _HOLDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@torch.library.custom_op("loopmdm::select_scatter", mutates_args=("tokens", "masked", "done"))
-def _select_scatter(
+def _run(
     scores: Tensor,
     proposed: Tensor,
     tokens: Tensor,
@@ -246,6 +250,9 @@ def _select_scatter(
     else:
         native.select_scatter_cuda(*where, scores.device.index, torch.cuda.current_stream(scores.device).cuda_stream)
     return revealed, remasked
+
+
+_select_scatter = torch.library.custom_op("loopmdm::select_scatter", _run, mutates_args=("tokens", "masked", "done"))
 
 
 @_select_scatter.register_fake

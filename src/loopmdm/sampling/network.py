@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import check_loops
 from ..errors import InputError
-from ..model.denoiser import Denoiser, rows_at
+from ..model.denoiser import Denoiser, read_at, rows_at
 from ..model.depth import Depth, ExitRule
 from .generation import Generation
 
@@ -36,7 +37,8 @@ class Network:
             tokens = torch.cat((tokens, tokens.masked_fill(given, self.model.mask_id)))
             padding = padding if padding is None else padding.repeat(2, 1)
             sigma, S = sigma.repeat(2), S.repeat(2) if isinstance(S, Tensor) else S
-        hidden, self.visits = self._hidden(tokens, padding, S, sigma)
+        read = read_at(self.model, rows).repeat(len(tokens) // len(rows), 1)
+        hidden, self.visits = self._hidden(tokens, padding, S, sigma, read)
         if self.cfg_scale:
             conditional, blind = (rows_at(self.model, half, rows) for half in hidden.chunk(2))
             hidden = guided(conditional, blind, self.cfg_scale)
@@ -54,14 +56,17 @@ class Network:
         low, high = (check_loops(int(x)) for x in S.aminmax())
         return low if low == high else S.to(share.device)
 
-    def _hidden(self, tokens: Tensor, padding: Tensor | None, S: int | Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden states [N, T, D], loops int64 [N])."""
+    def _hidden(
+        self, tokens: Tensor, padding: Tensor | None, S: int | Tensor, sigma: Tensor, read: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(hidden states [N, T, D] of which `read` bool [N, T] matter, loops int64 [N])."""
+        some: dict[str, Any] = {"rows": read} if getattr(self.model, "takes_rows", False) else {}
         if isinstance(S, int) and self.early_exit is None:
-            hidden = self.model.hidden(tokens, padding, S, sigma)
+            hidden = self.model.hidden(tokens, padding, S, sigma, **some)
             return hidden, torch.full_like(tokens[:, 0], S)
         if getattr(self.model, "takes_depth", False):
             depth = Depth(num_loops=S, early_exit=self.early_exit)
-            hidden = self.model.hidden(tokens, padding, depth, sigma)  # type: ignore[arg-type]
+            hidden = self.model.hidden(tokens, padding, depth, sigma, **some)  # type: ignore[arg-type]
             assert depth.visits is not None
             return hidden, depth.visits
         assert isinstance(S, Tensor)  # a model of one S a pass: one pass for each

@@ -1,0 +1,525 @@
+// Attention with rotary positions, residual norm and activations on the CPU. See layer.h.
+//
+// A result is the same bits whatever thread or batch computes it.
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <vector>
+
+#include "layer.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace loopmdm {
+namespace {
+
+constexpr int64_t kRows = 24;            // queries of a tile: a multiple of the rows of every product below
+constexpr int64_t kKeys = 256;           // keys of a step: their scores stay in the first cache
+constexpr int64_t kStride = kKeys + 16;  // rows of scores do not lie a page apart
+constexpr int64_t kScratch = 32 << 20;   // bytes of packed keys and values at a time, if one head needs no more
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+constexpr float kExact = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+
+typedef uint16_t h16 __attribute__((vector_size(32)));
+typedef uint8_t b16 __attribute__((vector_size(16)));
+
+template <typename T>
+T* as(uintptr_t at) {
+    return reinterpret_cast<T*>(at);
+}
+
+int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Memory at a multiple of 64, kept for the next call.
+struct Buffer {
+    std::vector<char> bytes;
+    template <typename T>
+    T* get(int64_t n) {
+        bytes.resize(std::max<size_t>(bytes.size(), n * sizeof(T) + 64));
+        return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) & ~uintptr_t{63});
+    }
+};
+
+// 16 numbers, or n of them and zeros; stored bf16 is the nearest, ties to even.
+INLINE v16 wide(const h16& x) { return (v16)(__builtin_convertvector(x, u16) << 16); }
+INLINE h16 narrow(v16 x) {
+    const u16 b = (u16)x;
+    const u16 y = x == x ? (b + 0x7fff + (b >> 16 & 1)) >> 16 : b >> 16 | 0x40;
+    return __builtin_convertvector(y, h16);
+}
+INLINE v16 get(const char* at, bool bf16) { return bf16 ? wide(load<h16>(at)) : load<v16>(at); }
+INLINE void put(char* at, bool bf16, v16 x) {
+    if (bf16) {
+        const h16 y = narrow(x);
+        memcpy(at, &y, sizeof y);
+    } else {
+        memcpy(at, &x, sizeof x);
+    }
+}
+INLINE v16 get(const char* at, bool bf16, int64_t n) {
+    if (n >= 16) return get(at, bf16);
+    char some[64] = {};
+    memcpy(some, at, n * (bf16 ? 2 : 4));
+    return get(some, bf16);
+}
+INLINE void put(char* at, bool bf16, v16 x, int64_t n) {
+    if (n >= 16) return put(at, bf16, x);
+    char some[64];
+    put(some, bf16, x);
+    memcpy(at, some, n * (bf16 ? 2 : 4));
+}
+
+struct Rotation {
+    const float *cos, *sin;  // of the first row; null: none
+    bool interleaved, rounded;
+};
+
+// to [rows][dim] contiguous = x rotated.
+template <bool Bf16>
+INLINE void rotate(const char* x, int64_t stride, int64_t rows, int64_t dim, const Rotation& with, char* to) {
+    constexpr int64_t S = Bf16 ? 2 : 4;
+    const int64_t half = dim / 2;
+    for (int64_t r = 0; r < rows; ++r, x += stride, to += dim * S) {
+        if (!with.cos) {
+            memcpy(to, x, dim * S);
+            continue;
+        }
+        const bool rounded = Bf16 && with.rounded;
+        for (int64_t i = 0; i < half; i += 16) {
+            const int64_t n = std::min<int64_t>(16, half - i);
+            v16 c = get(reinterpret_cast<const char*>(with.cos + r * half + i), false, n);
+            v16 s = get(reinterpret_cast<const char*>(with.sin + r * half + i), false, n);
+            v16 a, b;
+            if (with.interleaved) {
+                const v16 e = get(x + 2 * i * S, Bf16, 2 * n), o = n > 8 ? get(x + (2 * i + 16) * S, Bf16, 2 * n - 16) : (v16){};
+                a = __builtin_shufflevector(e, o, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                b = __builtin_shufflevector(e, o, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+            } else {
+                a = get(x + i * S, Bf16, n), b = get(x + (half + i) * S, Bf16, n);
+            }
+            v16 p, q;
+            if (rounded) {
+                c = wide(narrow(c)), s = wide(narrow(s));
+                p = wide(narrow(a * c)) - wide(narrow(b * s)), q = wide(narrow(b * c)) + wide(narrow(a * s));
+            } else {
+                p = a * c - b * s, q = b * c + a * s;
+            }
+            if (with.interleaved) {
+                const v16 e = __builtin_shufflevector(p, q, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                const v16 o = __builtin_shufflevector(p, q, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+                put(to + 2 * i * S, Bf16, e, 2 * n);
+                if (n > 8) put(to + (2 * i + 16) * S, Bf16, o, 2 * n - 16);
+            } else {
+                put(to + i * S, Bf16, p, n), put(to + (half + i) * S, Bf16, q, n);
+            }
+        }
+    }
+}
+
+// panels[column / 64][key][column % 64] = v, for bf16 words of two keys; zeros for keys from n to `all`, and up to a
+// multiple of 16 columns. `words` are those of a whole panel.
+template <bool Bf16>
+INLINE void values(const char* v, int64_t stride, int64_t n, int64_t all, int64_t dim, int64_t words, uint32_t* panels) {
+    for (int64_t c = 0; c < dim; c += 16) {
+        uint32_t* to = panels + c / kPanel * words * kPanel + c % kPanel;
+        const int64_t some = dim - c;
+        for (int64_t k = 0; k < all; to += kPanel) {
+            u16 x = {};
+            if constexpr (Bf16) {
+                if (k < n) x = (u16)get(v + k * stride + 2 * c, true, some) >> 16;
+                if (k + 1 < n) x |= (u16)get(v + (k + 1) * stride + 2 * c, true, some);
+                k += 2;
+            } else {
+                if (k < n) x = (u16)get(v + k * stride + 4 * c, false, some);
+                ++k;
+            }
+            memcpy(to, &x, sizeof x);
+        }
+    }
+}
+
+// 2^y with a relative error of 3e-6, which bf16 does not show.
+INLINE v16 power4(v16 y) {
+    const v16 z = y + kExact, r = y - (z - kExact);
+    v16 p = r * 0.00957011f + 0.0559179f;
+    p = p * r + 0.24024745f;
+    p = p * r + 0.69312181f;
+    p = p * r + 1.0f;
+    return (v16)((u16)p + ((u16)z << 23));
+}
+
+// One row's softmax so far: exponents are powers of two, `most` the largest, `total` the sum.
+struct Soft {
+    float most, total;
+};
+
+// s[0, n) scores become their unnormalised probabilities, zeros from n to `all`, and for bf16 are stored as such from s on.
+// Returns what the probabilities of earlier keys are to be multiplied with.
+template <bool Bf16>
+INLINE float soften(float* s, int64_t n, int64_t all, float scale, const uint8_t* mask, Soft& soft) {
+    v16 most = (v16){} + kLowest;
+    i16 odd = {};
+    for (int64_t i = n; i < all; ++i) s[i] = kLowest;
+    if (mask) {
+        for (int64_t i = 0; i < all; i += 16) {
+            b16 seen = {};
+            memcpy(&seen, mask + i, std::max<int64_t>(0, std::min<int64_t>(16, n - i)));
+            v16 x = load<v16>(s + i);
+            x = __builtin_convertvector(seen, i16) != 0 ? x : (v16){} + kLowest;
+            memcpy(s + i, &x, sizeof x);
+        }
+    }
+    for (int64_t i = 0; i < all; i += 16) {
+        const v16 x = load<v16>(s + i);
+        most = x > most ? x : most;
+        odd |= x != x;
+    }
+    const float before = soft.most;
+    float top = std::max(before, largest(most) * scale);
+    bool lost = soft.total != soft.total;
+    if (sum((u16)odd)) lost = true;
+    soft.most = top;
+    v16 total = {};
+    char* to = reinterpret_cast<char*>(s);
+    if (lost || top == kLowest) {
+        memset(s, 0, all * (Bf16 ? 2 : 4));
+    } else {
+        for (int64_t i = 0; i < all; i += 16) {
+            const v16 y = load<v16>(s + i) * scale - top;
+            const v16 p = y > -125.0f ? (Bf16 ? power4(y) : power(y, kExact)) : (v16){};
+            total += p;
+            if constexpr (Bf16) {
+                const h16 nearest = __builtin_convertvector(((u16)p + 0x8000) >> 16, h16);  // p is in [0, 1.01]
+                memcpy(to + 2 * i, &nearest, sizeof nearest);
+            } else {
+                memcpy(to + 4 * i, &p, sizeof p);
+            }
+        }
+    }
+    const float less = before == top ? 1.0f : std::exp2(before - top);
+    soft.total = lost ? std::numeric_limits<float>::quiet_NaN() : soft.total * less + sum(total);
+    return less;
+}
+
+INLINE void finish(const float* x, int64_t dim, const Soft& soft, bool bf16, char* out) {
+    const float by = soft.most == kLowest && soft.total == 0 ? 0.0f : 1 / soft.total;
+    for (int64_t i = 0; i < dim; i += 16) put(out + i * (bf16 ? 2 : 4), bf16, load<v16>(x + i) * by, dim - i);
+}
+
+INLINE void add_scaled(float* x, float by, const float* more, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const v16 y = load<v16>(x + i) * by + load<v16>(more + i);
+        memcpy(x + i, &y, sizeof y);
+    }
+}
+
+// step(i, n) on n = 16 numbers at a time and then on the rest.
+template <typename Step>
+INLINE void by_vector(int64_t size, const Step& step) {
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16) step(i, 16);
+    if (i < size) step(i, size - i);
+}
+
+template <bool XBf16, bool OutBf16>
+INLINE void norm_row(const NormRows& n, const char* x, int64_t row, float* wide_row) {
+    constexpr int64_t S = XBf16 ? 2 : 4;
+    const char* branch = n.branch ? as<const char>(n.branch) + row * n.dim * (n.branch_bf16 ? 2 : 4) : nullptr;
+    char* summed = n.summed ? as<char>(n.summed) + row * n.dim * S : nullptr;
+    char* out = as<char>(n.out) + row * n.dim * (OutBf16 ? 2 : 4);
+    const auto* weight = as<const char>(n.weight);
+    const auto* bias = as<const char>(n.bias);
+    v16 first = {}, second = {};
+    by_vector(n.dim, [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+        v16 s = get(x + i * S, XBf16, some);
+        if (branch) {
+            s += n.branch_bf16 ? get(branch + 2 * i, true, some) : get(branch + 4 * i, false, some);
+            if (XBf16) {
+                const h16 stored = narrow(s);
+                memcpy(summed + 2 * i, &stored, 2 * some);
+                s = wide(stored);
+            } else {
+                memcpy(summed + 4 * i, &s, 4 * some);
+            }
+        }
+        memcpy(wide_row + i, &s, sizeof s);
+        first += s;
+        second += s * s;
+    });
+    float mean = 0;
+    if (n.centre) {
+        mean = sum(first) / n.dim, second = (v16){};
+        for (int64_t i = n.dim; i % 16; ++i) wide_row[i] = mean;
+        for (int64_t i = 0; i < n.dim; i += 16) {
+            const v16 d = load<v16>(wide_row + i) - mean;
+            memcpy(wide_row + i, &d, sizeof d);
+            second += d * d;
+        }
+    }
+    const float by = 1 / std::sqrt(sum(second) / n.dim + n.eps);
+    by_vector(n.dim, [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+        v16 y = load<v16>(wide_row + i) * by;
+        if (weight) y *= n.weight_bf16 ? get(weight + 2 * i, true, some) : get(weight + 4 * i, false, some);
+        if (bias) y += n.bias_bf16 ? get(bias + 2 * i, true, some) : get(bias + 4 * i, false, some);
+        put(out + i * (OutBf16 ? 2 : 4), OutBf16, y, some);
+    });
+}
+
+INLINE v16 clamp(v16 y) {
+    y = y > 125.0f ? (v16){} + 125.0f : y;
+    return y < -125.0f ? (v16){} - 125.0f : y;
+}
+
+template <int Act>
+INLINE v16 act(v16 x, v16 other) {
+    if constexpr (Act == kSwiglu) return x / (power(clamp(x * -1.44269504f), kExact) + 1.0f) * other;
+    // tanh(u) = 2 sigmoid(2 u) - 1
+    if constexpr (Act == kGeluTanh) return x / (power(clamp(x * (x * x * -0.102943240f - 2.30220819f)), kExact) + 1.0f);
+    return (x < 0.0f ? (v16){} : x) * (x < 0.0f ? (v16){} : x);
+}
+
+template <int Act, bool Bf16>
+INLINE void act_row(const char* x, const char* other, char* out, int64_t n) {
+    constexpr int64_t S = Bf16 ? 2 : 4;
+    by_vector(n, [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+        const v16 a = get(x + i * S, Bf16, some);
+        put(out + i * S, Bf16, act<Act>(a, Act == kSwiglu ? get(other + i * S, Bf16, some) : a), some);
+    });
+}
+
+// out [rows][out_stride] = x . panel for `cols` columns, a multiple of 16 and at most 64. Whole tiles: rows are rounded up
+// to one of R rows.
+#define ACROSS(kernel, R, columns)                                                                                    \
+    for (int64_t c = 0; c + (columns) <= cols; c += (columns))                                                        \
+        for (int64_t r = 0; r < rows; r += (R))                                                                       \
+            kernel(x + r * stride, stride, panel + c, bytes, out + r * out_stride + c, out_stride);
+#define PRODUCT(name, body)                                                                                           \
+    void name(const char* x, int64_t stride, int64_t rows, const uint32_t* panel, int64_t cols, int64_t bytes,        \
+              float* out, int64_t out_stride) {                                                                       \
+        body                                                                                                          \
+    }
+#define BY_WIDTH(one, two, three, four)                                                                               \
+    if (cols == 64) ACROSS((four), 6, 64)                                                                             \
+    else if (cols == 48) ACROSS((three), 8, 48)                                                                       \
+    else if (cols == 32) ACROSS((two), 12, 32)                                                                        \
+    else ACROSS((one), 12, 16)
+
+// The functions of one instruction set. Rotation alone is not FUSED: its bits are torch's.
+#define OTHERS(level, target, wide_pack)                                                                              \
+    target void rotate_fp32##level(const char* x, int64_t stride, int64_t rows, int64_t dim, const Rotation& with,    \
+                                   char* to) {                                                                        \
+        rotate<false>(x, stride, rows, dim, with, to);                                                                \
+    }                                                                                                                 \
+    target void rotate_bf16##level(const char* x, int64_t stride, int64_t rows, int64_t dim, const Rotation& with,    \
+                                   char* to) {                                                                        \
+        rotate<true>(x, stride, rows, dim, with, to);                                                                 \
+    }                                                                                                                 \
+    target void pack##level(const char* w, int64_t cols, int64_t bytes, uint32_t* panel) {                            \
+        loopmdm::pack<wide_pack>(w, cols, bytes, panel);                                                              \
+    }                                                                                                                 \
+    target void values_fp32##level(const char* v, int64_t stride, int64_t n, int64_t all, int64_t dim, int64_t words, \
+                                   uint32_t* panels) {                                                                \
+        values<false>(v, stride, n, all, dim, words, panels);                                                         \
+    }                                                                                                                 \
+    target void values_bf16##level(const char* v, int64_t stride, int64_t n, int64_t all, int64_t dim, int64_t words, \
+                                   uint32_t* panels) {                                                                \
+        values<true>(v, stride, n, all, dim, words, panels);                                                          \
+    }                                                                                                                 \
+    FUSED target float soften_fp32##level(float* s, int64_t n, int64_t all, float scale, const uint8_t* mask,         \
+                                          Soft& soft) {                                                               \
+        return soften<false>(s, n, all, scale, mask, soft);                                                           \
+    }                                                                                                                 \
+    FUSED target float soften_bf16##level(float* s, int64_t n, int64_t all, float scale, const uint8_t* mask,         \
+                                          Soft& soft) {                                                               \
+        return soften<true>(s, n, all, scale, mask, soft);                                                            \
+    }                                                                                                                 \
+    FUSED target void finish##level(const float* x, int64_t dim, const Soft& soft, bool bf16, char* out) {            \
+        if (bf16) finish(x, dim, soft, true, out);                                                                    \
+        else finish(x, dim, soft, false, out);                                                                        \
+    }                                                                                                                 \
+    FUSED target void add_scaled##level(float* x, float by, const float* more, int64_t n) {                           \
+        add_scaled(x, by, more, n);                                                                                   \
+    }                                                                                                                 \
+    FUSED target void norm_row##level(const NormRows& n, const char* x, int64_t row, float* wide_row) {               \
+        if (n.x_bf16 && n.out_bf16) norm_row<true, true>(n, x, row, wide_row);                                        \
+        else if (n.x_bf16) norm_row<true, false>(n, x, row, wide_row);                                                \
+        else if (n.out_bf16) norm_row<false, true>(n, x, row, wide_row);                                              \
+        else norm_row<false, false>(n, x, row, wide_row);                                                             \
+    }                                                                                                                 \
+    FUSED target void act_row##level(const char* x, const char* other, char* out, int64_t n, int which, bool bf16) {  \
+        if (which == kSwiglu) bf16 ? act_row<kSwiglu, true>(x, other, out, n) : act_row<kSwiglu, false>(x, other, out, n);\
+        else if (which == kGeluTanh) bf16 ? act_row<kGeluTanh, true>(x, x, out, n) : act_row<kGeluTanh, false>(x, x, out, n);\
+        else bf16 ? act_row<kRelu2, true>(x, x, out, n) : act_row<kRelu2, false>(x, x, out, n);                       \
+    }
+
+FUSED PRODUCT(product_fp32, ACROSS((tile<v4, u4, false, 2, 4>), 2, 16))
+FUSED PRODUCT(product_bf16, ACROSS((tile<v4, u4, true, 2, 4>), 2, 16))
+OTHERS(_v1, , false)
+#ifdef LOOPMDM_X86
+FUSED V3 PRODUCT(product_fp32_v3, ACROSS((tile<v8, u8, false, 6, 2>), 6, 16))
+FUSED V3 PRODUCT(product_bf16_v3, ACROSS((tile<v8, u8, true, 4, 2>), 4, 16))
+OTHERS(_v3, V3, false)
+FUSED V4 PRODUCT(product_fp32_v4, BY_WIDTH((tile<v16, u16, false, 12, 1>), (tile<v16, u16, false, 12, 2>),
+                                           (tile<v16, u16, false, 8, 3>), (tile<v16, u16, false, 6, 4>)))
+FUSED V4 PRODUCT(product_bf16_v4, BY_WIDTH((tile<v16, u16, true, 12, 1>), (tile<v16, u16, true, 12, 2>),
+                                           (tile<v16, u16, true, 8, 3>), (tile<v16, u16, true, 6, 4>)))
+OTHERS(_v4, V4, true)
+BF16 PRODUCT(product_bf16_dot, BY_WIDTH((tile_dot<12, 1>), (tile_dot<12, 2>), (tile_dot<8, 3>), (tile_dot<6, 4>)))
+#endif
+
+struct Kernels {
+    int level;
+    decltype(&product_fp32) product[2];  // of fp32, of bf16; and so on
+    decltype(&rotate_fp32_v1) rotate[2];
+    decltype(&pack_v1) pack;
+    decltype(&values_fp32_v1) values[2];
+    decltype(&soften_fp32_v1) soften[2];
+    decltype(&finish_v1) finish;
+    decltype(&add_scaled_v1) add_scaled;
+    decltype(&norm_row_v1) norm_row;
+    decltype(&act_row_v1) act_row;
+};
+#define KERNELS(number, level)                                                                                        \
+    {number,       {product_fp32, product_bf16},           {rotate_fp32##level, rotate_bf16##level},                  \
+     pack##level,  {values_fp32##level, values_bf16##level}, {soften_fp32##level, soften_bf16##level},                \
+     finish##level, add_scaled##level, norm_row##level, act_row##level}
+
+// LOOPMDM_CPU_LEVEL, for tests: the best that may be taken.
+Kernels choose() {
+    Kernels k = KERNELS(1, _v1);
+    const char* most = std::getenv("LOOPMDM_CPU_LEVEL");
+    const int level = most ? std::atoi(most) : 5;
+#ifdef LOOPMDM_X86
+    __builtin_cpu_init();
+    if (level >= 3 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        k = KERNELS(3, _v3);
+        k.product[0] = product_fp32_v3, k.product[1] = product_bf16_v3;
+    }
+    if (level >= 4 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        k = KERNELS(4, _v4);
+        k.product[0] = product_fp32_v4, k.product[1] = product_bf16_v4;
+        if (level >= 5 && __builtin_cpu_supports("avx512bf16")) k.level = 5, k.product[1] = product_bf16_dot;
+    }
+#endif
+    (void)level;
+    return k;
+}
+const Kernels kernels = choose();
+
+// Where one key head's rotated keys and its values lie, in words.
+struct Packed {
+    int64_t size, keys, words;  // keys: a multiple of 64; words: of one panel of values
+    explicit Packed(const RotaryAttention& a)
+        : size(a.is_bf16 ? 2 : 4), keys(up(a.tokens, kPanel)), words(a.is_bf16 ? keys / 2 : keys) {}
+    int64_t key_words(const RotaryAttention& a) const { return a.dim * size / 4 * keys; }
+    int64_t all(const RotaryAttention& a) const { return key_words(a) + up(a.dim, kPanel) * words; }
+};
+
+// 64 keys of one head.
+void pack_keys(const RotaryAttention& a, const Packed& p, int64_t b, int64_t g, int64_t first, uint32_t* to) {
+    thread_local Buffer rotated;
+    const int64_t n = std::min(kPanel, a.tokens - first), table = b * a.rope_batch + first * (a.dim / 2);
+    char* rows = rotated.get<char>(kPanel * a.dim * p.size);
+    const char* k = as<const char>(a.k) + (b * a.k_at[0] + first * a.k_at[1] + g * a.k_at[2]) * p.size;
+    const Rotation with{a.cos ? as<const float>(a.cos) + table : nullptr, a.cos ? as<const float>(a.sin) + table : nullptr,
+                        a.interleaved, a.rounded};
+    kernels.rotate[a.is_bf16](k, a.k_at[1] * p.size, n, a.dim, with, rows);
+    kernels.pack(rows, n, a.dim * p.size, to + first * (a.dim * p.size / 4));
+    const char* v = as<const char>(a.v) + (b * a.v_at[0] + first * a.v_at[1] + g * a.v_at[2]) * p.size;
+    const int64_t before = first * p.words / p.keys;
+    kernels.values[a.is_bf16](v, a.v_at[1] * p.size, n, up(n, 16), a.dim, p.words, to + p.key_words(a) + before * kPanel);
+}
+
+// Up to kRows queries of one head from `first` on.
+void attend(const RotaryAttention& a, const Packed& p, int64_t b, int64_t h, int64_t first, const uint32_t* packed) {
+    thread_local Buffer buffer;
+    const int64_t rows = std::min(kRows, a.rows - first), dim = up(a.dim, 16), is = a.is_bf16;
+    float* scores = buffer.get<float>(kRows * (kStride + 2 * dim + a.dim));
+    float *out = scores + kRows * kStride, *more = out + kRows * dim;
+    char* q = reinterpret_cast<char*>(more + kRows * dim);
+    const int64_t table = b * a.q_rope_batch + first * (a.dim / 2);
+    const Rotation with{a.q_cos ? as<const float>(a.q_cos) + table : nullptr,
+                        a.q_cos ? as<const float>(a.q_sin) + table : nullptr, a.interleaved, a.rounded};
+    const char* x = as<const char>(a.q) + (b * a.q_at[0] + first * a.q_at[1] + h * a.q_at[2]) * p.size;
+    kernels.rotate[is](x, a.q_at[1] * p.size, rows, a.dim, with, q);
+    const float scale = 1.44269504f / std::sqrt(static_cast<float>(a.dim));
+    Soft soft[kRows];
+    for (auto& s : soft) s = {kLowest, 0};
+    const int64_t seen = a.causal ? std::min(a.tokens, first + rows) : a.tokens;
+    for (int64_t k = 0; k < seen; k += kKeys) {
+        const int64_t n = std::min(kKeys, seen - k), all = up(n, 16);
+        for (int64_t c = 0; c < all; c += kPanel)
+            kernels.product[is](q, a.dim * p.size, rows, packed + (k + c) * (a.dim * p.size / 4), std::min(kPanel, all - c),
+                                a.dim * p.size, scores + c, kStride);
+        float less[kRows];
+        for (int64_t r = 0; r < rows; ++r) {
+            const uint8_t* mask = a.mask ? as<const uint8_t>(a.mask) + b * a.mask_batch + (first + r) * a.mask_row + k : nullptr;
+            const int64_t own = a.causal ? std::max<int64_t>(0, std::min(n, first + r + 1 - k)) : n;
+            less[r] = kernels.soften[is](scores + r * kStride, own, all, scale, mask, soft[r]);
+        }
+        float* to = k ? more : out;
+        for (int64_t c = 0; c < dim; c += kPanel)
+            kernels.product[is](reinterpret_cast<char*>(scores), kStride * 4, rows,
+                                packed + p.key_words(a) + (c * p.words + k * p.words / p.keys * kPanel),
+                                std::min(kPanel, dim - c), all * p.size, to + c, dim);
+        for (int64_t r = 0; k && r < rows; ++r) kernels.add_scaled(out + r * dim, less[r], more + r * dim, dim);
+    }
+    char* to = as<char>(a.out) + ((b * a.rows + first) * a.heads + h) * a.dim * p.size;
+    for (int64_t r = 0; r < rows; ++r)
+        kernels.finish(out + r * dim, a.dim, soft[r], a.is_bf16, to + r * a.heads * a.dim * p.size);
+}
+
+}  // namespace
+
+int cpu_level() { return kernels.level; }
+
+void rotary_attention_cpu(const RotaryAttention& a, int threads) {
+    thread_local Buffer packed;
+    const Packed p(a);
+    const int64_t each = p.all(a), heads = a.batch * a.groups, blocks = p.keys / kPanel, shared = a.heads / a.groups;
+    const int64_t some = std::max<int64_t>(1, std::min(heads, kScratch / (4 * each))), tiles = (a.rows + kRows - 1) / kRows;
+    uint32_t* scratch = packed.get<uint32_t>(some * each);
+    for (int64_t first = 0; first < heads; first += some) {
+        const int64_t now = std::min(some, heads - first);
+        parallel(now * blocks, worth(now * a.tokens * a.dim * 8, threads), [&](int64_t task) {
+            const int64_t head = first + task / blocks;
+            pack_keys(a, p, head / a.groups, head % a.groups, task % blocks * kPanel, scratch + task / blocks * each);
+        });
+        const int64_t workers = worth(now * shared * a.rows * a.tokens * a.dim * 4, threads);
+        const int64_t run = std::max<int64_t>(1, std::min(tiles, now * shared * tiles / (8 * workers)));
+        const int64_t runs = (tiles + run - 1) / run;
+        parallel(now * shared * runs, workers, [&](int64_t task) {
+            const int64_t at = task / runs / shared, head = first + at, h = head % a.groups * shared + task / runs % shared;
+            const int64_t end = std::min(tiles, (task % runs + 1) * run);
+            for (int64_t tile = task % runs * run; tile < end; ++tile)
+                attend(a, p, head / a.groups, h, tile * kRows, scratch + at * each);
+        });
+    }
+}
+
+void residual_norm_cpu(const NormRows& n, int threads) {
+    const int64_t rows = n.outer * n.inner, workers = worth(rows * n.dim * 16, threads);
+    const int64_t each = std::max<int64_t>(1, rows / (4 * workers));
+    parallel((rows + each - 1) / each, workers, [&](int64_t task) {
+        thread_local Buffer buffer;
+        float* wide_row = buffer.get<float>(up(n.dim, 16));
+        for (int64_t r = task * each; r < std::min(rows, (task + 1) * each); ++r) {
+            const int64_t from = r / n.inner * n.outer_stride + r % n.inner * n.inner_stride;
+            kernels.norm_row(n, as<const char>(n.x) + from * (n.x_bf16 ? 2 : 4), r, wide_row);
+        }
+    });
+}
+
+void activation_cpu(uintptr_t x, uintptr_t other, uintptr_t out, int64_t rows, int64_t cols, int64_t stride,
+                    int64_t up_stride, int act, bool is_bf16, int threads) {
+    const int64_t size = is_bf16 ? 2 : 4, workers = worth(rows * cols * 16, threads);
+    const int64_t each = std::max<int64_t>(1, rows / (4 * workers));
+    parallel((rows + each - 1) / each, workers, [&](int64_t task) {
+        for (int64_t r = task * each; r < std::min(rows, (task + 1) * each); ++r)
+            kernels.act_row(as<const char>(x) + r * stride * size, as<const char>(other) + r * up_stride * size,
+                            as<char>(out) + r * cols * size, cols, act, is_bf16);
+    });
+}
+
+}  // namespace loopmdm

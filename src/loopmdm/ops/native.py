@@ -1,0 +1,35 @@
+"""What the C++ implementations for CPUs share: when a problem is theirs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import tuned
+from .contract import extension
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@tuned.constant_in_graphs
+def level_below_4() -> int:
+    """How far this processor's instructions are below AVX-512 (0: they have it; 3: neither AVX2).
+
+    A size of the ops: where the shipped rows were measured it was 0, and they say so; `loopmdm tune` makes rows for
+    others.
+    """
+    built = extension()
+    return 0 if built is None else max(0, 4 - built.cpu_level())
+
+
+def watched(*tensors: Tensor | None) -> str | None:
+    """Why only torch's own operations will do, or None: gradients, a tracer, a mode or subclass that must see them."""
+    if torch.compiler.is_compiling():
+        return "torch.compile must see its operations; use impl='torch'"
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+        return "it has no backward; use impl='torch' or torch.no_grad()"
+    if not all([t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors]):
+        return "a tensor is of a subclass; use impl='torch'"
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+        return "a dispatch mode or a tracer must see its operations; use impl='torch'"
+    return None

@@ -1,0 +1,88 @@
+// Every launcher of layer_cpu.cpp on buffers of exactly their size, for the sanitizers. Prints a number that depends on all
+// that was written.
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "layer.h"
+
+using namespace loopmdm;
+
+namespace {
+
+std::mt19937 rng(1);
+uint64_t digest = 14695981039346656037u;
+
+struct Bytes {
+    std::unique_ptr<char[]> data;
+    int64_t size;
+    uintptr_t at() const { return reinterpret_cast<uintptr_t>(data.get()); }
+    void read() const {
+        for (int64_t i = 0; i < size; ++i) digest = (digest ^ static_cast<unsigned char>(data[i])) * 1099511628211u;
+    }
+};
+
+Bytes numbers(int64_t n, bool bf16) {
+    const int64_t size = bf16 ? 2 : 4;
+    Bytes b{std::unique_ptr<char[]>(new char[n * size]()), n * size};
+    for (int64_t i = 0; i < n; ++i) {
+        const float x = static_cast<float>(rng() % 2001) / 500 - 2;
+        std::memcpy(b.data.get() + i * size, reinterpret_cast<const char*>(&x) + (bf16 ? 2 : 0), size);
+    }
+    return b;
+}
+
+void attention(int64_t B, int64_t T, int64_t R, int64_t G, int64_t each, int64_t D, bool bf16, int threads) {
+    const int64_t H = G * each, width = H + 2 * G;
+    const Bytes qkv = numbers(B * T * width * D, bf16), q = numbers(B * R * H * D, bf16), out = numbers(B * R * H * D, bf16);
+    const Bytes cos = numbers(B * T * (D / 2), false), q_cos = numbers(R * (D / 2), false);
+    Bytes mask{std::unique_ptr<char[]>(new char[B * R * T]()), B * R * T};
+    for (int64_t i = 0; i < B * R * T; ++i) mask.data[i] = rng() % 3 != 0;
+    const int64_t size = bf16 ? 2 : 4, T_at = width * D;
+    const bool rope = rng() % 4, masked = rng() % 2;
+    RotaryAttention a{q.at(), qkv.at() + H * D * size, qkv.at() + (H + G) * D * size, out.at(),
+                      rope ? cos.at() : 0, rope ? cos.at() : 0, rope ? q_cos.at() : 0, rope ? q_cos.at() : 0,
+                      masked ? mask.at() : 0, B, R, T, H, G, D,
+                      {R * H * D, H * D, D}, {T * T_at, T_at, D}, {T * T_at, T_at, D},
+                      T * (D / 2), 0, R * T, T, bf16, rng() % 2 == 0, rng() % 2 == 0, R == T && !masked && rng() % 2};
+    rotary_attention_cpu(a, threads);
+    out.read();
+}
+
+void norm(int64_t outer, int64_t inner, int64_t D, bool x16, bool branch16, bool out16, bool centre, bool branch, int threads) {
+    const int64_t n = outer * inner * D;
+    const Bytes x = numbers(n, x16), other = numbers(n, branch16), w = numbers(D, branch16), summed = numbers(n, x16),
+                out = numbers(n, out16);
+    residual_norm_cpu({x.at(), branch ? other.at() : 0, w.at(), rng() % 2 ? w.at() : 0, branch ? summed.at() : 0, out.at(),
+                       outer, inner, D, inner * D, D, 1e-5f, centre, x16, branch16, branch16, branch16, out16},
+                      threads);
+    summed.read(), out.read();
+}
+
+void activation(int64_t rows, int64_t cols, int act, bool bf16, int threads) {
+    const Bytes x = numbers(rows * cols * 2, bf16), out = numbers(rows * cols, bf16);
+    activation_cpu(x.at(), x.at() + cols * (bf16 ? 2 : 4), out.at(), rows, cols, 2 * cols, 2 * cols, act, bf16, threads);
+    out.read();
+}
+
+}  // namespace
+
+int main() {
+    for (const bool bf16 : {false, true}) {
+        for (const int64_t T : {1, 3, 63, 65, 257})
+            for (const int64_t D : {2, 18, 32, 48, 64, 66}) {
+                attention(2, T, T, 1, 2, D, bf16, 1);
+                attention(1, T, 5, 2, 1, D, bf16, 1);
+            }
+        attention(2, 300, 300, 2, 2, 64, bf16, 3);
+        for (const int64_t D : {1, 15, 16, 33})
+            for (int k = 0; k < 16; ++k) norm(3, 2, D, bf16, k & 1, k & 2, k & 4, k & 8, 1);
+        norm(500, 4, 64, bf16, bf16, bf16, true, true, 3);
+        for (int act = 0; act < 3; ++act)
+            for (const int64_t cols : {1, 15, 16, 33}) activation(5, cols, act, bf16, 1);
+        activation(2000, 96, 0, bf16, 3);
+    }
+    std::printf("%016llx\n", static_cast<unsigned long long>(digest));
+}

@@ -1,0 +1,98 @@
+"""activation against float64, in every layout it reads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from loopmdm.errors import InputError
+from loopmdm.ops.activation import ACTS, CPP, activation
+from loopmdm.ops.contract import extension
+
+BF16, FP32 = torch.bfloat16, torch.float32
+built = pytest.mark.skipif(extension() is None, reason="loopmdm._C is not built")
+
+
+def truth(x: Tensor, act: str, up: Tensor | None) -> Tensor:
+    x = x.double()
+    if act == "swiglu":
+        assert up is not None
+        return x / (1 + (-x).exp()) * up.double()
+    if act == "relu2":
+        return x.clamp(min=0) ** 2
+    if act == "gelu":
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=built)])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("width", [1, 15, 16, 67])
+def test_against_float64(width: int, act: str, impl: str) -> None:
+    if impl == "cpp" and act not in CPP:
+        pytest.skip("torch's own")
+    rng = torch.Generator().manual_seed(width)
+    for dtype, limit in ((FP32, 5e-7), (BF16, 4e-3)):
+        x, up = (torch.randn(9, 3, width, generator=rng).mul(5).to(dtype) for _ in range(2))
+        x[0, 0, 0], x[1, 0, 0], x[2, 0, 0] = -200.0, 200.0, 0.0
+        want = truth(x, act, up)
+        ways = [(torch.cat((x, up), -1), None), (x, up)] if act == "swiglu" else [(x, None)]
+        ways += [(a.transpose(0, 1).contiguous().transpose(0, 1), b) for a, b in ways]
+        for a, b in ways:
+            got = activation(a, act, b, impl=impl)
+            assert got.dtype == dtype and got.shape == want.shape
+            assert float((got.double() - want).abs().max() / want.abs().max()) < limit
+
+
+@built
+def test_bf16_is_rounded_once() -> None:
+    """cpp's SwiGLU is nearer to the truth than rounding silu first."""
+    rng = torch.Generator().manual_seed(0)
+    x, up = (torch.randn(64, 64, generator=rng).to(BF16) for _ in range(2))
+    want = truth(x, "swiglu", up)
+    ours, theirs = ((activation(x, "swiglu", up, impl=i).double() - want).square().mean() for i in ("cpp", "torch"))
+    assert ours < 0.8 * theirs
+    assert torch.equal(activation(x, "swiglu", up, impl="cpp"), want.to(BF16)) or ours < 0.6 * theirs
+
+
+@built
+def test_nan_stays_and_threads_do_not_matter() -> None:
+    x = torch.randn(40000, 32, generator=torch.Generator().manual_seed(0))
+    x[3, 5] = math.nan
+    before = torch.get_num_threads()
+    try:
+        for act in CPP:
+            made = []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                made.append(activation(x, act, impl="cpp"))
+            assert torch.equal(made[0].nan_to_num(), made[1].nan_to_num())
+            assert made[0].isnan().sum() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_errors_say_what_to_do() -> None:
+    x = torch.ones(2, 4)
+    with pytest.raises(InputError, match="no act 'gelu_tan'; did you mean 'gelu_tanh'"):
+        activation(x, "gelu_tan")
+    with pytest.raises(InputError, match="up is"):
+        activation(x, "gelu", x)
+    with pytest.raises(InputError, match="even number"):
+        activation(torch.ones(2, 3), "swiglu")
+    with pytest.raises(InputError, match="floating"):
+        activation(torch.ones(2, 4, dtype=torch.int64), "gelu")
+
+
+@built
+def test_gradients_are_torchs() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    activation(x, "swiglu").sum().backward()
+    assert x.grad is not None
+    with pytest.raises(InputError, match="no backward"):
+        activation(x, "swiglu", impl="cpp")
+    with pytest.raises(InputError, match="it has no gelu"):
+        activation(x.detach(), "gelu", impl="cpp")
