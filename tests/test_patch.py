@@ -297,7 +297,7 @@ def test_copy_in_bf16(name):
 
 
 def test_a_narrow_copy_calls_what_is_more_than_a_product():
-    """Packed weights are for projections that the layer itself calls; those inside a wrapper, and hooked ones, are not."""
+    """Packed weights are for projections that a layer itself calls; wrapped and hooked ones are called as modules."""
     model = loopmdm.patch(peers.drawn("mdlm"))
     seen = []
 
@@ -415,6 +415,38 @@ def test_folded_modulation_is_never_stale():
         assert torch.equal(denoiser.hidden(ids), as_denoiser(loopmdm.patch(copy.deepcopy(model))).hidden(ids))
         plain = loopmdm.unpatch(copy.deepcopy(model))
         assert (peers.logits(plain, ids) - peers.logits(model, ids)).abs().max() < 1e-5
+
+
+def test_modulation_is_worked_out_once_in_a_generation():
+    """Constants once a generate, each generate anew; what depends on time every step; hooks every time."""
+    model = loopmdm.patch(peers.drawn("mdlm"))
+    layers, calls, original = [b.adaLN_modulation for b in model.blocks], [], F.linear
+
+    def counted(x, weight, bias=None):
+        calls.append(any(weight is layer.weight for layer in layers))
+        return original(x, weight, bias)
+
+    def run(denoiser):
+        calls.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "linear", counted)
+            out = loopmdm.generate(denoiser, max_new_tokens=12, steps=4, policy="confidence", seed=2).tokens
+        return sum(calls), out
+
+    denoiser = as_denoiser(model)
+    loopmdm.generate(denoiser, max_new_tokens=12, steps=4, policy="confidence")  # asks once about the last layer
+    (once, first), n = run(denoiser), len(layers)
+    assert once == n
+    with torch.no_grad():
+        for layer in layers:
+            layer.bias.data.add_(1.0)
+    again, second = run(denoiser)
+    assert again == n and not torch.equal(first, second)
+    assert torch.equal(second, run(as_denoiser(loopmdm.patch(copy.deepcopy(loopmdm.unpatch(model)))))[1])
+    loopmdm.patch(model)
+    assert run(as_denoiser(model, time_conditioning=True))[0] > 3 * n
+    layers[0].register_forward_hook(lambda *_: None)
+    assert run(as_denoiser(model))[0] >= n + 3
 
 
 def test_a_model_of_no_family():

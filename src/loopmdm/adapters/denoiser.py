@@ -15,6 +15,7 @@ from ..model.denoiser import few, spread
 from ..model.depth import Depth, check_over
 from ..model.packed import Recast
 from .family import Family, value
+from .layer import Patched
 from .patching import families, is_ours, recognise, shared_of
 from .splice import layers_of, looping, loops_of
 
@@ -57,6 +58,7 @@ class Peer(nn.Module):
         layers = [module for module in model.modules() if is_ours(module)]
         self._layer: tuple[nn.Module, ...] = tuple(layers[-1:])
         self._rows_hold: bool | None = None
+        self._flops: dict[tuple[int, float, frozenset[int]], float] = {}
 
     @property
     def max_loops(self) -> int:
@@ -116,7 +118,10 @@ class Peer(nn.Module):
 
     def forward_flops(self, length: int, num_loops: float) -> float:
         """2 a token and parameter of the head and of the layers (known ones, S times where looped), and attention."""
-        looped = {id(layer) for loop in loops_of(self.model) for layer in loop.layers}
+        looped = frozenset(id(layer) for loop in loops_of(self.model) for layer in loop.layers)
+        key = (length, num_loops, looped)
+        if key in self._flops:
+            return self._flops[key]
         layers = [m for m in self.model.modules() if is_ours(m) or recognise(m) is not None]
         total = 2.0 * self.head()[0].numel() * length
         for layer in layers:
@@ -124,6 +129,7 @@ class Peer(nn.Module):
             D = max((p.shape[1] for p in weights), default=0)
             once = 2.0 * sum(p.numel() for p in weights) * length + 4.0 * length * length * D
             total += once * (num_loops if id(layer) in looped else 1)
+        self._flops = {key: total}  # one step's, which mostly is the next one's too
         return total
 
     def eval(self) -> Self:
@@ -135,6 +141,18 @@ class Peer(nn.Module):
         """Copy the model's present weights into the copy in `dtype`; without one there is nothing to do."""
         if self._source is not None:
             self._source.refresh()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The weights stay as they are for a while: constant modulation is worked out once."""
+        shares = shared_of(self.model.modules())
+        for shared in shares:
+            shared.held = {}
+        try:
+            yield
+        finally:
+            for shared in shares:
+                shared.held = None
 
     def _watched(self, num_loops: object, ids: Tensor, real: Tensor | None) -> Tensor | None:
         rule = num_loops.early_exit if isinstance(num_loops, Depth) else None
@@ -355,7 +373,8 @@ def _cast(model: nn.Module, dtype: torch.dtype, head: str | tuple[str, ...]) -> 
     head_module = _find(model, (head,) if isinstance(head, str) else head)
     called, inner = [], []  # what a layer itself calls may be packed, what lies inside a wrapper (LoRA) may not
     for layer in layers_of(model):
-        layout = layer._loopmdm.layout  # type: ignore[union-attr]
+        record: Patched = layer._loopmdm  # type: ignore[assignment]
+        layout = record.layout
         paths = (*layout.qkv, layout.out, *layout.up, layout.down)
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and name != layout.modulation:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..model.block import Context, at
 from ..ops.activation import activation
-from ..ops.linear import project
+from ..ops.linear import plain, project
 from ..ops.residual_norm import residual_norm
 from ..ops.rotary_attention import rope_table, rotary_attention, rotate
 
@@ -77,11 +77,14 @@ class Shared:
     Attributes:
         mask: bool, broadcastable to [B, 1, T, T], True where a query may look at a key; set for the length of a call.
         ignore_padding: do as a codebase does that drops its padding mask.
+        held: while weights are known to stay as they are, what modulation came to: conditioning and parts of each layer
+            by its id; None otherwise.
         tables: the rotary table that layers make for themselves, by (length, head_dim, base, device); the last one.
     """
 
     mask: Tensor | None = None
     ignore_padding: bool = False
+    held: dict[int, tuple[Tensor, tuple[Tensor, ...]]] | None = None
     tables: dict[tuple[int, int, float, torch.device], Rope] = field(default_factory=dict)
 
     def table(self, length: int, head_dim: int, theta: float, device: torch.device) -> Rope:
@@ -147,13 +150,13 @@ def run(
         return x + _drop(_mlp(block, layout, h), p)
     if cond is None:
         raise InputError("this layer is modulated; its forward needs the conditioning c, [B, cond_dim]")
-    parts = _at(block, layout.modulation)(_one_row(cond)).chunk(6, dim=-1)
+    parts = _modulation(block, record, _one_row(cond))
     if len(parts[0]) == 1:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part[0].float() for part in parts)
         _, h = _norm(block, layout.attn_norm, layout, was, None, scale_a, shift_a)
         branch = gate_a * _drop(_attention(block, layout, h, context, causal, rows), p)
         x, h = _norm(block, layout.mlp_norm, layout, x, branch, scale_m, shift_m)
-        return torch.addcmul(x, gate_m, _drop(_mlp(block, layout, h), p).to(x.dtype))
+        return torch.addcmul(x, gate_m, _drop(_mlp(block, layout, h), p)).to(x.dtype)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part[:, None].float() for part in parts)
     work = _work(block, layout, was)
     h = (_norm(block, layout.attn_norm, layout, was, wide=True)[1] * (1 + scale_a) + shift_a).to(work)
@@ -250,6 +253,19 @@ def _work(block: Any, layout: Layout, x: Tensor) -> torch.dtype:
 
 def _drop(branch: Tensor, p: float) -> Tensor:
     return F.dropout(branch, p, True) if p else branch
+
+
+def _modulation(block: Any, record: Patched, cond: Tensor) -> tuple[Tensor, ...]:
+    """cond [1 or B, C] -> DiT's six parts, each [1 or B, D]."""
+    module = _at(block, record.layout.modulation)
+    held = record.shared.held if cond.is_cpu and not torch.is_grad_enabled() and plain(module) else None
+    before = None if held is None else held.get(id(block))
+    if before is not None and torch.equal(before[0], cond):
+        return before[1]
+    parts = tuple(module(cond).chunk(6, dim=-1))
+    if held is not None:
+        held[id(block)] = (cond, parts)
+    return parts
 
 
 def _one_row(cond: Tensor) -> Tensor:

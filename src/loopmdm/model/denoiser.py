@@ -130,12 +130,17 @@ def suppress(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: Denoiser) -> Iterator[None]:
-    """Evaluation mode for a while; each module then returns to the mode it had."""
+    """Evaluation mode for a while; each module then returns to the mode it had.
+
+    A model with a context manager `held()` is told so that its weights stay as they are meanwhile.
+    """
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
     for module, _ in modes[:1]:
         module.eval()
+    held = getattr(model, "held", contextlib.nullcontext)
     try:
-        yield
+        with held():
+            yield
     finally:
         for module, mode in modes:  # parents first, so that a child's own mode has the last word
             module.train(mode)
