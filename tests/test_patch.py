@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import loopmdm
 from loopmdm.adapters import as_denoiser, families, layer
@@ -97,7 +98,7 @@ def test_optimizer_state_survives():
     assert (next(runs[1].parameters()) - start).abs().max() > 1e-2
 
 
-def train(rank, folder):
+def train(rank, folder, how):
     """Two steps of the plain and of the patched model as process `rank` of two, each on its own data."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -105,21 +106,28 @@ def train(rank, folder):
         model = peers.drawn("mdlm")
         if name == "patched":
             loopmdm.patch(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
+        if how == "fsdp":  # every layer a unit of its own, then the rest
+            mesh = dist.init_device_mesh("cpu", (2,))
+            for part in (*model.blocks, model):
+                wrapped = fully_shard(part, mesh=mesh)
+        else:
+            wrapped = nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
         for step in range(2):
             optimizer.zero_grad()
             loss(wrapped, some_ids(seed=10 * step + rank), sigma=torch.tensor([0.1, 0.5, 1.0, 2.0])).backward()
             optimizer.step()
+        state = {key: p.full_tensor() if hasattr(p, "full_tensor") else p for key, p in model.state_dict().items()}
         if rank == 0:
-            torch.save(model.state_dict(), f"{folder}/{name}.pt")
+            torch.save(state, f"{folder}/{name}.pt")
     dist.destroy_process_group()
 
 
-def test_ddp_step_on_two_processes(tmp_path):
-    code = "import sys; from tests.test_patch import train; train(int(sys.argv[1]), sys.argv[2])"
-    command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
-    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root) for rank in range(2)]
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_steps_on_two_processes(tmp_path, how):
+    code = "import sys; from tests.test_patch import train; train(int(sys.argv[1]), *sys.argv[2:])"
+    command, root = [sys.executable, "-W", "ignore", "-c", code], Path(__file__).parents[1]
+    workers = [subprocess.Popen([*command, str(rank), str(tmp_path), how], cwd=root) for rank in range(2)]
     try:
         assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     finally:

@@ -51,6 +51,7 @@ PARTS = (
     Part("first contact", ("-m", "pytest", "tests/gpu/test_first_contact.py", "-x", "-q"), 3),
     Part("tune", ("-m", "loopmdm.cli", "tune", "--table", "--quick"), 8),
     _bench("head and unmasking", "head_stats compact select_scatter select_topk", 6),
+    _bench("one denoising step", "step", 6),
     _bench("looped block, small", "block", 8, "small and not compile"),
     _bench("looped block, medium and large", "block", 8, "(medium or large) and not compile"),
     _bench("looped block, compiled", "block", 8, "compile"),
@@ -58,6 +59,7 @@ PARTS = (
     _bench("depth", "depth", 3),
     _bench("loss", "linear_cross_entropy", 4),
     _bench("generate", "generate", 8),
+    _bench("other people's models", "adapters", 4),
     Part("bytes from memory", ("benchmarks/traffic.py",), 5, needs="ncu"),
 )
 
