@@ -25,7 +25,8 @@ import torch
 T = TypeVar("T")
 TABLES = Path(__file__).parent / "tables"
 OVERRIDE = "LOOPMDM_TUNED"
-_CACHES: list[Callable[[], None]] = []
+_FOUND: dict[tuple[Any, ...], Row | None] = {}
+_CACHES: list[Callable[[], None]] = [_FOUND.clear]
 
 
 def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
@@ -180,11 +181,20 @@ def best(
     but: tuple[str, ...] = (),
 ) -> Row | None:
     """The first row that covers the problem and is of none of the implementations in `but`, or None."""
-    name = str(dtype).removeprefix("torch.")
+    key = (op, arch, dtype, tuple(size.items()), impl, measured_only, but)
+    tracing = torch.compiler.is_compiling()
+    if not tracing and key in _FOUND:
+        return _FOUND[key]
+    name, found = str(dtype).removeprefix("torch."), None
     for chosen, kind, upto, config, evidence in _candidates(op, arch, impl, measured_only):
         if kind in ("*", name) and chosen not in but and all([size.get(what, 0) <= bound for what, bound in upto]):
-            return Row(op, chosen, arch, kind, dict(upto), dict(config), evidence)
-    return None
+            found = Row(op, chosen, arch, kind, dict(upto), dict(config), evidence)
+            break
+    if not tracing:
+        if len(_FOUND) > 10_000:
+            _FOUND.clear()
+        _FOUND[key] = found
+    return found
 
 
 Pairs = tuple[tuple[str, int], ...]
