@@ -22,53 +22,12 @@ namespace {
 
 constexpr int64_t kBlock = 512;  // vocabulary ids of one task
 constexpr int64_t kRows = 128;   // rows of one task: they lie in the second cache
-constexpr int64_t kFew = 8;      // fewer rows than these are no vector's lanes
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-// From row to row x has stride bytes and w `bytes`. out has room for a multiple of kPanel columns. The next panel's weights
-// are fetched meanwhile, a share with every tile.
-#define PRODUCT(name, wide, columns, many, one, R)                                                                    \
-    void name(const char* x, int64_t stride, int64_t rows, const char* w, int64_t cols, int64_t bytes, float* out,   \
-              int64_t out_stride) {                                                                                   \
-        thread_local std::vector<uint32_t> panel;                                                                     \
-        panel.resize((bytes + 3) / 4 * kPanel);                                                                       \
-        const int64_t share = kPanel * bytes / ((rows + R - 1) / R * (kPanel / columns)) + 64;                        \
-        for (int64_t first = 0; first < cols; first += kPanel) {                                                      \
-            pack<wide>(w + first * bytes, std::min(kPanel, cols - first), bytes, panel.data());                       \
-            int64_t fetched = std::min(first + kPanel, cols) * bytes;                                                 \
-            const int64_t end = std::min(first + 2 * kPanel, cols) * bytes;                                           \
-            for (int64_t c = 0; c < kPanel; c += columns) {                                                           \
-                float* to = out + first + c;                                                                          \
-                for (int64_t r = 0; r < rows;) {                                                                      \
-                    for (const int64_t stop = std::min(end, fetched + share); fetched < stop; fetched += 64)          \
-                        __builtin_prefetch(w + fetched, 0, 2);                                                        \
-                    const char* from = x + r * stride;                                                                \
-                    if (r + R <= rows) {                                                                              \
-                        many(from, stride, panel.data() + c, bytes, to + r * out_stride, out_stride);                 \
-                        r += R;                                                                                       \
-                    } else {                                                                                          \
-                        one(from, stride, panel.data() + c, bytes, to + r * out_stride, 0);                           \
-                        ++r;                                                                                          \
-                    }                                                                                                 \
-                }                                                                                                     \
-            }                                                                                                         \
-        }                                                                                                             \
-    }
-
-FUSED PRODUCT(product_fp32, false, 16, (tile<v4, u4, false, 2, 4>), (tile<v4, u4, false, 1, 4>), 2)
-FUSED PRODUCT(product_bf16, false, 16, (tile<v4, u4, true, 2, 4>), (tile<v4, u4, true, 1, 4>), 2)
-#ifdef LOOPMDM_X86
-FUSED V3 PRODUCT(product_fp32_v3, false, 16, (tile<v8, u8, false, 6, 2>), (tile<v8, u8, false, 1, 2>), 6)
-FUSED V3 PRODUCT(product_bf16_v3, false, 16, (tile<v8, u8, true, 4, 2>), (tile<v8, u8, true, 1, 2>), 4)
-FUSED V4 PRODUCT(product_fp32_v4, true, 64, (tile<v16, u16, false, 6, 4>), (tile<v16, u16, false, 1, 4>), 6)
-FUSED V4 PRODUCT(product_bf16_v4, true, 64, (tile<v16, u16, true, 4, 4>), (tile<v16, u16, true, 1, 4>), 4)
-
-BF16 PRODUCT(product_bf16_dot, true, 64, (tile_dot<6, 4>), (tile_dot<1, 4>), 6)
-#endif
-
-// For many rows: a panel holds 64 of them side by side, and the weights are read as they lie. out[slice][id][16 rows].
-// TILE(R, C), and TILE(S, D) for 16 rows. From `next` on as many bytes are fetched as are read.
+// A panel holds 64 rows side by side, and the weights are read as they lie. out[slice][id][16 rows]. TILE(R, C), for the
+// last 16 rows TILE(S, D), for the last 8 FEW(E, F), which leaves the other 8 lanes as they are. From `next` on as many
+// bytes are fetched as are read.
 #define SWEEP(TILE, R, C)                                                                                             \
     for (int64_t id = 0; id < ids; id += ids < R ? 1 : R) {                                                           \
         const int64_t from = ids < R ? id : std::min<int64_t>(id, ids - R);                                           \
@@ -76,15 +35,18 @@ BF16 PRODUCT(product_bf16_dot, true, 64, (tile_dot<6, 4>), (tile_dot<1, 4>), 6)
         if (ids < R) TILE(1, C)(w + from * bytes, bytes, panel + c, bytes, to, 16, 16 * kSpan, next + from * bytes);  \
         else TILE(R, C)(w + from * bytes, bytes, panel + c, bytes, to, 16, 16 * kSpan, next + from * bytes);          \
     }
-#define ACROSS(name, TILE, R, C, S, D, columns)                                                                 \
+#define ACROSS(name, TILE, R, C, S, D, FEW, E, F, columns)                                                            \
     void name(const char* w, int64_t ids, int64_t bytes, const uint32_t* panel, int64_t rows, float* out,            \
               const char* next) {                                                                                     \
         for (int64_t c = 0; c < rows;) {                                                                              \
-            if (rows - c > columns - 16) {                                                                            \
+            if (rows - c > columns - 16 && rows - c > 8) {                                                            \
                 SWEEP(TILE, R, C)                                                                                     \
                 c += columns;                                                                                         \
-            } else {                                                                                                  \
+            } else if (rows - c > 8) {                                                                                \
                 SWEEP(TILE, S, D)                                                                                     \
+                c += 16;                                                                                              \
+            } else {                                                                                                  \
+                SWEEP(FEW, E, F)                                                                                      \
                 c += 16;                                                                                              \
             }                                                                                                         \
         }                                                                                                             \
@@ -96,20 +58,21 @@ BF16 PRODUCT(product_bf16_dot, true, 64, (tile_dot<6, 4>), (tile_dot<1, 4>), 6)
 #define FP32_V4(R, C) tile<v16, u16, false, R, C, true>
 #define BF16_V4(R, C) tile<v16, u16, true, R, C, true>
 #define BF16_DOT(R, C) tile_dot<R, C, true>
+#define BF16_DOT8(R, C) tile_dot8<R, true>
 #define PACK(name, wide)                                                                                              \
     void name(const char* x, int64_t stride, int64_t rows, int64_t bytes, uint32_t* panel) {                          \
         pack<wide>(x, stride, rows, bytes, panel);                                                                    \
     }
 
-FUSED ACROSS(across_fp32, FP32_V1, 2, 4, 2, 4, 16)
-FUSED ACROSS(across_bf16, BF16_V1, 2, 4, 2, 4, 16)
+FUSED ACROSS(across_fp32, FP32_V1, 2, 4, 2, 4, FP32_V1, 4, 2, 16)
+FUSED ACROSS(across_bf16, BF16_V1, 2, 4, 2, 4, BF16_V1, 4, 2, 16)
 PACK(side_by_side, false)
 #ifdef LOOPMDM_X86
-FUSED V3 ACROSS(across_fp32_v3, FP32_V3, 6, 2, 6, 2, 16)
-FUSED V3 ACROSS(across_bf16_v3, BF16_V3, 4, 2, 4, 2, 16)
-FUSED V4 ACROSS(across_fp32_v4, FP32_V4, 4, 4, 8, 1, 64)
-FUSED V4 ACROSS(across_bf16_v4, BF16_V4, 4, 4, 8, 1, 64)
-BF16 ACROSS(across_bf16_dot, BF16_DOT, 4, 4, 8, 1, 64)
+FUSED V3 ACROSS(across_fp32_v3, FP32_V3, 6, 2, 6, 2, FP32_V3, 8, 1, 16)
+FUSED V3 ACROSS(across_bf16_v3, BF16_V3, 4, 2, 4, 2, BF16_V3, 8, 1, 16)
+FUSED V4 ACROSS(across_fp32_v4, FP32_V4, 4, 4, 8, 1, FP32_V3, 8, 1, 64)
+FUSED V4 ACROSS(across_bf16_v4, BF16_V4, 4, 4, 8, 1, BF16_V3, 8, 1, 64)
+BF16 ACROSS(across_bf16_dot, BF16_DOT, 4, 4, 8, 1, BF16_DOT8, 8, 1, 64)
 V4 PACK(side_by_side_v4, true)
 #endif
 
@@ -319,8 +282,7 @@ V4 GUMBELS(gumbels_v4)
 #endif
 
 struct Kernels {
-    decltype(&product_fp32) fp32 = product_fp32, bf16 = product_bf16;
-    decltype(&across_fp32) many_fp32 = across_fp32, many_bf16 = across_bf16;
+    decltype(&across_fp32) fp32 = across_fp32, bf16 = across_bf16;
     decltype(&side_by_side) pack = side_by_side;
     decltype(&groups) stats = groups;
     decltype(&sixteen) stats16 = sixteen;
@@ -337,14 +299,12 @@ Kernels choose() {
 #ifdef LOOPMDM_X86
     __builtin_cpu_init();
     if (level >= 3 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        k = {product_fp32_v3, product_bf16_v3, across_fp32_v3, across_bf16_v3, side_by_side,
-             groups_v3,       sixteen_v3,      gumbels_v3,     levels_v3,      totals_v3};
+        k = {across_fp32_v3, across_bf16_v3, side_by_side, groups_v3, sixteen_v3, gumbels_v3, levels_v3, totals_v3};
     if (level >= 4 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        k = {product_fp32_v4, product_bf16_v4, across_fp32_v4, across_bf16_v4, side_by_side_v4,
-             groups_v4,       sixteen_v4,      gumbels_v4,     levels_v4,      totals_v4};
+        k = {across_fp32_v4, across_bf16_v4, side_by_side_v4, groups_v4, sixteen_v4, gumbels_v4, levels_v4, totals_v4};
         if (level >= 5 && __builtin_cpu_supports("avx512bf16"))
-            k.bf16 = product_bf16_dot, k.many_bf16 = across_bf16_dot;
+            k.bf16 = across_bf16_dot;
     }
 #endif
     (void)level;
@@ -363,27 +323,41 @@ float value(const char* at, bool is_bf16) {
     return as_float(static_cast<int32_t>(bits));
 }
 
-// Logits [rows][stride_out] of columns [first, first + cols), suppressed ids at -inf, bias still to be added.
-void logits_of(const Head& h, int64_t row, int64_t rows, int64_t first, int64_t cols, float* out, int64_t out_stride) {
+// Calls that(i) where id first + i of the next cols is suppressed.
+template <typename That>
+void suppressed(const Head& h, int64_t first, int64_t cols, const That& that) {
+    const auto *id = as<const int64_t>(h.suppressed), *end = id + h.n_suppressed;
+    for (id = std::lower_bound(id, end, first); id < end && *id < first + cols; ++id) that(*id - first);
+}
+
+// Given logits [rows][out_stride] of columns [first, first + cols), suppressed ids at -inf, bias still to be added.
+void given(const Head& h, int64_t row, int64_t rows, int64_t first, int64_t cols, float* out, int64_t out_stride) {
     const int64_t size = h.is_bf16 ? 2 : 4;
     const char* x = as<const char>(h.x) + row * h.stride * size;
-    if (h.weight) {
-        (h.is_bf16 ? kernels.bf16 : kernels.fp32)(x, h.stride * size, rows, as<const char>(h.weight) + first * h.dim * size,
-                                                  cols, h.dim * size, out, out_stride);
-    } else {
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < cols; ++c)
-                out[r * out_stride + c] = value(x + (r * h.stride + first + c) * size, h.is_bf16);
+    for (int64_t r = 0; r < rows; ++r, out += out_stride) {
+        for (int64_t c = 0; c < cols; ++c) out[c] = value(x + (r * h.stride + first + c) * size, h.is_bf16);
+        suppressed(h, first, cols, [&](int64_t c) { out[c] = kLowest; });
     }
-    const auto *id = as<const int64_t>(h.suppressed), *end = id + h.n_suppressed;
-    for (id = std::lower_bound(id, end, first); id < end && *id < first + cols; ++id)
-        for (int64_t r = 0; r < rows; ++r) out[r * out_stride + *id - first] = kLowest;
+}
+
+// The same of one row of a product, at most kSpan columns.
+void computed(const Head& h, int64_t row, int64_t first, int64_t cols, float* out) {
+    thread_local std::vector<uint32_t> panel;
+    const int64_t size = h.is_bf16 ? 2 : 4, bytes = h.dim * size, words = (bytes + 3) / 4;
+    const char *x = as<const char>(h.x) + row * h.stride * size, *w = as<const char>(h.weight) + first * bytes;
+    panel.resize(words * kPanel);
+    for (int64_t k = 0; k < words; ++k) std::fill_n(panel.data() + k * kPanel, 8, word(x + 4 * k, std::min<int64_t>(4, bytes - 4 * k)));
+    float lanes[16 * kSpan];
+    (h.is_bf16 ? kernels.bf16 : kernels.fp32)(w, cols, bytes, panel.data(), 1, lanes, w);
+    for (int64_t c = 0; c < cols; ++c) out[c] = lanes[16 * c];
+    suppressed(h, first, cols, [&](int64_t c) { out[c] = kLowest; });
 }
 
 // The 128 logits of a row's group, -inf beyond the vocabulary.
 void inside(const Head& h, int64_t row, int64_t group, float* to) {
     const int64_t first = group * kSpan, cols = std::min(kSpan, h.vocab - first);
-    logits_of(h, row, 1, first, cols, to, kSpan);
+    if (h.weight) computed(h, row, first, cols, to);
+    else given(h, row, 1, first, cols, to, kSpan);
     for (int64_t c = 0; c < kSpan; ++c) {
         float x = c < cols ? to[c] : kLowest;
         if (h.bias && c < cols) x += as<const float>(h.bias)[first + c];
@@ -406,7 +380,7 @@ void head_groups_cpu(const Head& h, float scale, uintptr_t best, uintptr_t total
                     as<uint32_t>(total) + i, tempered ? as<uint32_t>(tempered) + i : nullptr, as<uint32_t>(at) + i};
     };
     std::unique_ptr<uint32_t[]> packed;  // the rows, 64 of them side by side
-    if (h.weight && h.rows >= kFew) {
+    if (h.weight) {
         const int64_t panels = (h.rows + kPanel - 1) / kPanel;
         packed.reset(new uint32_t[panels * words * kPanel]);
         parallel(panels, worth(h.rows * words, threads), [&](int64_t p) {
@@ -419,8 +393,8 @@ void head_groups_cpu(const Head& h, float scale, uintptr_t best, uintptr_t total
         const int64_t row = task % chunks * kRows, rows = std::min(kRows, h.rows - row);
         thread_local std::vector<float> scratch;
         scratch.resize(kRows * kBlock);
-        if (!packed || rows < kFew) {
-            logits_of(h, row, rows, first, cols, scratch.data(), kBlock);
+        if (!packed) {
+            given(h, row, rows, first, cols, scratch.data(), kBlock);
             for (int64_t r = 0; r < rows; ++r)
                 kernels.stats(scratch.data() + r * kBlock, cols, bias ? bias + first : nullptr, scale,
                               kept((row + r) * groups + first / kSpan));
@@ -439,13 +413,12 @@ void head_groups_cpu(const Head& h, float scale, uintptr_t best, uintptr_t total
                 const int64_t wide = std::min(kPanel, rows - r);
                 const bool last = r + kPanel >= rows;
                 const int64_t ahead = !last ? first + g : g + kSpan < cols ? first + g + kSpan : first + workers * kBlock;
-                (h.is_bf16 ? kernels.many_bf16 : kernels.many_fp32)(
+                (h.is_bf16 ? kernels.bf16 : kernels.fp32)(
                     w + (first + g) * bytes, ids, bytes, packed.get() + (row + r) * words, wide, scratch.data(),
                     w + ahead * bytes);
-                const auto *id = as<const int64_t>(h.suppressed), *end = id + h.n_suppressed;
-                for (id = std::lower_bound(id, end, first + g); id < end && *id < first + g + ids; ++id)
-                    for (int64_t s = 0; s < wide; s += 16)
-                        std::fill_n(scratch.data() + s * kSpan + (*id - first - g) * 16, 16, kLowest);
+                suppressed(h, first + g, ids, [&](int64_t c) {
+                    for (int64_t s = 0; s < wide; s += 16) std::fill_n(scratch.data() + s * kSpan + c * 16, 16, kLowest);
+                });
                 for (int64_t s = 0; s < wide; s += 16) {
                     kernels.stats16(scratch.data() + s * kSpan, ids, bias ? bias + first + g : nullptr, scale, some);
                     for (int64_t i = 0; i < std::min<int64_t>(16, wide - s); ++i)

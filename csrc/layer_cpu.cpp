@@ -17,6 +17,7 @@ constexpr int64_t kRows = 24;            // queries of a tile: a multiple of the
 constexpr int64_t kKeys = 256;           // keys of a step: their scores stay in the first cache
 constexpr int64_t kStride = kKeys + 16;  // rows of scores do not lie a page apart
 constexpr int64_t kScratch = 32 << 20;   // bytes of packed keys and values at a time, if one head needs no more
+constexpr int64_t kAhead = 12;           // rows of a projection that are fetched before they are needed
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr float kExact = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
@@ -69,6 +70,11 @@ INLINE void put(char* at, bool bf16, v16 x, int64_t n) {
     memcpy(at, some, n * (bf16 ? 2 : 4));
 }
 
+// A row's `bytes`, kAhead rows after x: the processor does not see strides beyond a page.
+INLINE void fetch(const char* x, int64_t stride, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + kAhead * stride + i);
+}
+
 struct Rotation {
     const float *cos, *sin;  // of the first row; null: none
     bool interleaved, rounded;
@@ -80,6 +86,7 @@ INLINE void rotate(const char* x, int64_t stride, int64_t rows, int64_t dim, con
     constexpr int64_t S = Bf16 ? 2 : 4;
     const int64_t half = dim / 2;
     for (int64_t r = 0; r < rows; ++r, x += stride, to += dim * S) {
+        fetch(x, stride, dim * S);
         if (!with.cos) {
             memcpy(to, x, dim * S);
             continue;
@@ -120,20 +127,18 @@ INLINE void rotate(const char* x, int64_t stride, int64_t rows, int64_t dim, con
 // multiple of 16 columns. `words` are those of a whole panel.
 template <bool Bf16>
 INLINE void values(const char* v, int64_t stride, int64_t n, int64_t all, int64_t dim, int64_t words, uint32_t* panels) {
-    for (int64_t c = 0; c < dim; c += 16) {
-        uint32_t* to = panels + c / kPanel * words * kPanel + c % kPanel;
-        const int64_t some = dim - c;
-        for (int64_t k = 0; k < all; to += kPanel) {
+    constexpr int64_t S = Bf16 ? 2 : 4, K = Bf16 ? 2 : 1;
+    for (int64_t k = 0; k < all; k += K, v += K * stride, panels += kPanel) {
+        fetch(v, stride, dim * S);
+        if (Bf16) fetch(v + stride, stride, dim * S);
+        for (int64_t c = 0; c < dim; c += 16) {
             u16 x = {};
+            if (k < n) x = (u16)get(v + S * c, Bf16, dim - c);
             if constexpr (Bf16) {
-                if (k < n) x = (u16)get(v + k * stride + 2 * c, true, some) >> 16;
-                if (k + 1 < n) x |= (u16)get(v + (k + 1) * stride + 2 * c, true, some);
-                k += 2;
-            } else {
-                if (k < n) x = (u16)get(v + k * stride + 4 * c, false, some);
-                ++k;
+                x >>= 16;
+                if (k + 1 < n) x |= (u16)get(v + stride + S * c, true, dim - c);
             }
-            memcpy(to, &x, sizeof x);
+            memcpy(panels + c / kPanel * words * kPanel + c % kPanel, &x, sizeof x);
         }
     }
 }
@@ -478,22 +483,36 @@ void rotary_attention_cpu(const RotaryAttention& a, int threads) {
     thread_local Buffer packed;
     const Packed p(a);
     const int64_t each = p.all(a), heads = a.batch * a.groups, blocks = p.keys / kPanel, shared = a.heads / a.groups;
-    const int64_t some = std::max<int64_t>(1, std::min(heads, kScratch / (4 * each))), tiles = (a.rows + kRows - 1) / kRows;
+    const int64_t tiles = (a.rows + kRows - 1) / kRows;
+    const auto pack = [&](int64_t head, int64_t block, uint32_t* to) {
+        pack_keys(a, p, head / a.groups, head % a.groups, block * kPanel, to);
+    };
+    const auto tile = [&](int64_t head, int64_t i, int64_t at, const uint32_t* from) {
+        attend(a, p, head / a.groups, head % a.groups * shared + i, at * kRows, from);
+    };
+    const int64_t busy = worth(heads * shared * a.rows * a.tokens * a.dim * 4, threads);
+    if ((heads % busy == 0 || heads >= 8 * busy) && each * busy * 4 <= kScratch) {
+        // a key head is one thread's own: what it packs stays in its cache
+        return parallel(heads, busy, [&](int64_t head) {
+            uint32_t* to = packed.get<uint32_t>(each);
+            for (int64_t block = 0; block < blocks; ++block) pack(head, block, to);
+            for (int64_t i = 0; i < shared; ++i)
+                for (int64_t at = 0; at < tiles; ++at) tile(head, i, at, to);
+        });
+    }
+    const int64_t some = std::max<int64_t>(1, std::min(heads, kScratch / (4 * each)));
     uint32_t* scratch = packed.get<uint32_t>(some * each);
     for (int64_t first = 0; first < heads; first += some) {
         const int64_t now = std::min(some, heads - first);
         parallel(now * blocks, worth(now * a.tokens * a.dim * 8, threads), [&](int64_t task) {
-            const int64_t head = first + task / blocks;
-            pack_keys(a, p, head / a.groups, head % a.groups, task % blocks * kPanel, scratch + task / blocks * each);
+            pack(first + task / blocks, task % blocks, scratch + task / blocks * each);
         });
         const int64_t workers = worth(now * shared * a.rows * a.tokens * a.dim * 4, threads);
         const int64_t run = std::max<int64_t>(1, std::min(tiles, now * shared * tiles / (8 * workers)));
         const int64_t runs = (tiles + run - 1) / run;
         parallel(now * shared * runs, workers, [&](int64_t task) {
-            const int64_t at = task / runs / shared, head = first + at, h = head % a.groups * shared + task / runs % shared;
-            const int64_t end = std::min(tiles, (task % runs + 1) * run);
-            for (int64_t tile = task % runs * run; tile < end; ++tile)
-                attend(a, p, head / a.groups, h, tile * kRows, scratch + at * each);
+            const int64_t at = task / runs / shared, end = std::min(tiles, (task % runs + 1) * run);
+            for (int64_t i = task % runs * run; i < end; ++i) tile(first + at, task / runs % shared, i, scratch + at * each);
         });
     }
 }

@@ -146,6 +146,25 @@ BF16 INLINE void tile_dot(const char* x, int64_t stride, const uint32_t* panel, 
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + r * out_stride + c * apart, acc[r][c]);
 }
+// As `tile_dot`, of 8 columns: twice as many of these instructions are done at a time.
+template <int R, bool Ahead = false>
+BF16 INLINE void tile_dot8(const char* x, int64_t stride, const uint32_t* panel, int64_t bytes, float* out,
+                           int64_t out_stride, int64_t, const char* next) {
+    __m256 acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = _mm256_setzero_ps();
+    const auto step = [&](int64_t k, int64_t size) BF16 __attribute__((always_inline)) {
+        if constexpr (Ahead) __builtin_prefetch(next + 4 * R * k, 0, 2);
+        const auto right = (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * kPanel));
+        for (int r = 0; r < R; ++r) {
+            const auto left = (__m256bh)_mm256_set1_epi32(static_cast<int>(word(x + r * stride + 4 * k, size)));
+            acc[r] = _mm256_dpbf16_ps(acc[r], left, right);
+        }
+    };
+    int64_t k = 0;
+    for (; 4 * k + 4 <= bytes; ++k) step(k, 4);
+    if (4 * k < bytes) step(k, 2);
+    for (int r = 0; r < R; ++r) _mm256_storeu_ps(out + r * out_stride, acc[r]);
+}
 #endif
 
 // 2^(y + bias - 1.5 * 2^23), where that is a normal number.

@@ -25,8 +25,7 @@ import torch
 T = TypeVar("T")
 TABLES = Path(__file__).parent / "tables"
 OVERRIDE = "LOOPMDM_TUNED"
-_FOUND: dict[tuple[Any, ...], Row | None] = {}
-_CACHES: list[Callable[[], None]] = [_FOUND.clear]
+_CACHES: list[Callable[[], None]] = []
 
 
 def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
@@ -42,6 +41,13 @@ def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
     call._dynamo_marked_constant = True  # type: ignore[attr-defined]
     _CACHES.append(cached.cache_clear)
     return call
+
+
+def forgotten_dict() -> dict[Any, Any]:
+    """A dict that `forget` empties."""
+    made: dict[Any, Any] = {}
+    _CACHES.append(made.clear)
+    return made
 
 
 def forget() -> None:
@@ -181,20 +187,11 @@ def best(
     but: tuple[str, ...] = (),
 ) -> Row | None:
     """The first row that covers the problem and is of none of the implementations in `but`, or None."""
-    key = (op, arch, dtype, tuple(size.items()), impl, measured_only, but)
-    tracing = torch.compiler.is_compiling()
-    if not tracing and key in _FOUND:
-        return _FOUND[key]
-    name, found = str(dtype).removeprefix("torch."), None
+    name = str(dtype).removeprefix("torch.")
     for chosen, kind, upto, config, evidence in _candidates(op, arch, impl, measured_only):
         if kind in ("*", name) and chosen not in but and all([size.get(what, 0) <= bound for what, bound in upto]):
-            found = Row(op, chosen, arch, kind, dict(upto), dict(config), evidence)
-            break
-    if not tracing:
-        if len(_FOUND) > 10_000:
-            _FOUND.clear()
-        _FOUND[key] = found
-    return found
+            return Row(op, chosen, arch, kind, dict(upto), dict(config), evidence)
+    return None
 
 
 Pairs = tuple[tuple[str, int], ...]

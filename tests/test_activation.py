@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from loopmdm.errors import InputError
 from loopmdm.ops.activation import ACTS, CPP, activation
@@ -73,6 +74,19 @@ def test_nan_stays_and_threads_do_not_matter() -> None:
             assert made[0].isnan().sum() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@built
+def test_tangents_transforms_and_default_devices() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    want = activation(x, "relu2", impl="torch")
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(InputError, match="forward-mode"):
+        activation(forward_ad.make_dual(x, x), "relu2", impl="cpp")
+    with pytest.raises(InputError, match="function transform"):
+        torch.func.vmap(lambda row: activation(row, "relu2", impl="cpp"))(x)
+    with torch.device("meta"):
+        got = activation(x, "relu2", impl="cpp")
+    torch.testing.assert_close(got, want)
 
 
 def test_errors_say_what_to_do() -> None:

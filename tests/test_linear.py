@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from loopmdm.errors import InputError
 from loopmdm.ops import linear as ops_linear
@@ -44,6 +45,31 @@ def test_against_float64(size: tuple[int, int, int], dtype: torch.dtype, biased:
     assert error <= max(1.2 * theirs, 3e-6)
 
 
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("dtype", dtypes())
+def test_any_strides(dtype: torch.dtype, packs: bool) -> None:
+    x, w, b = problem(6, 64, 64, dtype)
+    double = torch.stack((b, b + 7), dim=-1)[:, 0]
+    for left, right, bias in ((x[:, ::2], w, b), (x[:1].expand(3, 6, 64), w.T, double), (x, w, b[:1].expand(64))):
+        got = linear(left, right, bias, packed=pack(right) if packs else None, impl="onednn")
+        want = F.linear(left.double(), right.double(), bias.double())
+        assert (got.double() - want).norm() <= (1e-5 if dtype == FP32 else 1e-2) * want.norm()
+
+
+def test_packed_takes_what_torch_does() -> None:
+    x, w, b = problem(6, 64, 96, FP32)
+    held = pack(w)
+    assert linear(x[:0], w, b, packed=held).shape == (0, 6, 96)
+    turned = x[0].T.contiguous().T
+    torch.testing.assert_close(linear(turned, w, b, packed=held), F.linear(turned, w, b), rtol=1e-5, atol=1e-5)
+
+
+def test_no_tangent_is_lost() -> None:
+    x, w, _ = problem(6, 64, 64, FP32)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(InputError, match="forward-mode"):
+        linear(forward_ad.make_dual(x, x), w, impl="onednn")
+
+
 def test_packed_weights_are_what_is_multiplied() -> None:
     x, w, b = problem(16, 64, 96, FP32)
     held = pack(w)
@@ -73,6 +99,9 @@ def test_auto_takes_it_for_large_products_only(monkeypatch: pytest.MonkeyPatch) 
     assert not calls
     linear(*large)
     assert calls == [large[0].numel()]
+    with FlopCounterMode(display=False) as counter:
+        linear(*large)
+    assert counter.get_total_flops() == 2 * large[0].numel() * 512 and len(calls) == 1
     x, w, b = (t.requires_grad_() for t in large)
     assert linear(x, w, b).requires_grad and len(calls) == 1
     monkeypatch.setattr(ops_linear, "intel", lambda: True)
@@ -93,6 +122,12 @@ def test_refusals() -> None:
         linear(x.double(), w, packed=pack(w))
     with torch.autocast("cpu"), pytest.raises(InputError, match="autocast"):
         linear(x, w, impl="onednn")
+    with pytest.raises(InputError, match="bias"):
+        linear(x, w, w[0, :1], impl="onednn")
+    with pytest.raises(InputError, match="another device"):
+        linear(x, w.to("meta"), impl="onednn")
+    with pytest.raises(InputError, match="packed weights"):
+        linear(x[..., 1:], w, packed=pack(w))
     assert pack(w.double()) is None
 
 
@@ -115,15 +150,6 @@ def test_project_calls_what_is_more_than_a_product() -> None:
         assert torch.equal(project(module, x), module(x))
     usual = nn.Linear(64, 32)
     assert plain(usual) and torch.equal(project(usual, x), usual(x))
-
-
-def test_project_reads_packed_weights() -> None:
-    x = problem(4, 64, 32, FP32)[0]
-    module = nn.Linear(64, 32).requires_grad_(False)
-    lean = copy.deepcopy(module)
-    lean.packed = pack(module.weight)  # type: ignore[assignment]
-    lean.weight = nn.Parameter(torch.empty(32, 64, device="meta"), requires_grad=False)
-    torch.testing.assert_close(project(lean, x), module(x), rtol=1e-5, atol=1e-6)
 
 
 def test_compiles() -> None:

@@ -305,6 +305,17 @@ def test_rows_are_what_the_whole_pass_gives(changes, padding):
     assert seen == ([12, 4, 12] if len(model.coda) else [12] * 6)
 
 
+def test_rows_that_are_none_or_no_rows():
+    model, tokens = live(tiny()), ids(2, 6)
+    nowhere = torch.zeros_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        assert model.hidden(tokens[:0], rows=nowhere[:0]).shape == (0, 6, 32)
+        assert model.hidden(tokens, rows=nowhere).shape == (2, 6, 32)
+        for wrong in (nowhere[:, :4], torch.zeros_like(tokens)):
+            with pytest.raises(InputError, match="rows is"):
+                model.hidden(tokens, rows=wrong)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("policy", ["ancestral", "confidence"])
 def test_generate_with_a_last_layer_of_few_rows(policy, shift):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
+from torch import nn
 
 import loopmdm
 from loopmdm.errors import InputError
@@ -42,6 +46,55 @@ def test_its_weights_are_those_it_was_made_of() -> None:
         assert not torch.allclose(model.packed().hidden(tokens), before, rtol=1e-2)
 
 
+@pytest.mark.skipif(not PACKS, reason="no packed product here")
+def test_hooks_run_and_change_nothing() -> None:
+    model = live(tiny())
+    packed, tokens, calls = model.packed(), ids(2, 9), []
+    packed.layers[0].mlp.up.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        want = model.hidden(tokens)
+        torch.testing.assert_close(packed.hidden(tokens), want, rtol=1e-4, atol=1e-5)
+        anywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        try:
+            torch.testing.assert_close(packed.hidden(tokens), want, rtol=1e-4, atol=1e-5)
+        finally:
+            anywhere.remove()
+    assert calls == [1, 1]
+
+
+@pytest.mark.skipif(not PACKS, reason="no packed product here")
+def test_nothing_reads_weights_that_are_not_there() -> None:
+    model = live(tiny())
+    packed = model.packed()
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items() if "mlp" in name}
+    for wrong in (
+        packed.relooped,
+        packed.fused,
+        packed.packed,
+        packed.state_dict,
+        lambda: packed.load_state_dict(state, strict=False),
+        lambda: packed.layers[0].mlp.bfloat16(),
+        lambda: copy.deepcopy(packed),
+        lambda: pickle.dumps(packed),
+    ):
+        with pytest.raises(InputError, match="packed for inference"):
+            wrong()
+
+
+@pytest.mark.skipif(not PACKS, reason="no packed product here")
+def test_no_rows_autocast_and_compile() -> None:
+    model = live(tiny())
+    packed, tokens = model.packed(BF16), ids(2, 9)
+    with torch.no_grad():
+        nowhere = torch.zeros_like(tokens, dtype=torch.bool)
+        assert packed.hidden(tokens, rows=nowhere).abs().max() == 0
+        want = packed.hidden(tokens)
+        with torch.autocast("cpu", dtype=BF16):
+            assert (packed.hidden(tokens) - want).norm() <= 0.02 * want.norm()
+        mlp, x = packed.layers[0].mlp, torch.ones(1, 32, dtype=BF16)
+        torch.testing.assert_close(torch.compile(mlp)(x), mlp(x), rtol=0.02, atol=0.02)
+
+
 def test_generate_and_what_is_refused(tmp_path) -> None:
     model = live(tiny())
     packed = model.packed()
@@ -50,5 +103,5 @@ def test_generate_and_what_is_refused(tmp_path) -> None:
     if PACKS:
         with pytest.raises(InputError, match="packed for inference"):
             packed.save_pretrained(tmp_path / "out")
-        with pytest.raises(InputError, match="no backward|packed weights"):
+        with pytest.raises(InputError, match=r"packed weights.*no backward"):
             packed(ids(2, 9)).logits.sum().backward()

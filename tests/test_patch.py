@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -338,7 +339,7 @@ def test_a_narrow_copy_calls_what_is_more_than_a_product():
 def test_rows_are_what_the_whole_pass_gives(name, padded, dtype):
     """hidden(rows=) is hidden() there; the last layer's MLP sees these positions alone."""
     model = loopmdm.patch(peers.drawn(name))
-    denoiser, ids = as_denoiser(model, dtype=dtype), some_ids(batch=3, length=9)
+    denoiser, ids = as_denoiser(model, dtype=dtype).eval(), some_ids(batch=3, length=9)
     real = torch.arange(9) >= torch.tensor([0, 0, 4])[:, None] if padded else None
     rows = torch.zeros(3, 9, dtype=torch.bool)
     rows[0, [1, 2, 8]], rows[2, 8] = True, True
@@ -361,16 +362,42 @@ def test_rows_are_what_the_whole_pass_gives(name, padded, dtype):
     assert [n for m, n in seen if m is last] == [3] and {n for _, n in seen} == {3, 9}
 
 
+def test_threads_and_what_happens_to_the_model_meanwhile():
+    """Several threads sample from one model; unpatching it, gradients and autocast leave a Denoiser of it whole."""
+    model, ids = loopmdm.patch(peers.drawn("llada")), some_ids(batch=2, length=9)
+    denoiser, narrow = as_denoiser(model).eval(), as_denoiser(model, dtype=torch.bfloat16).eval()
+    rows = [torch.arange(9).expand(2, 9) % 9 == i for i in range(4)]
+    with torch.no_grad():
+        want = denoiser.hidden(ids)
+        denoiser.hidden(ids, rows=rows[0])
+
+    def ask(i):
+        with torch.no_grad():
+            return all(
+                torch.allclose(denoiser.hidden(ids, rows=rows[i])[rows[i]], want[rows[i]], atol=1e-5) for _ in range(40)
+            )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(4)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not narrow.hidden(ids, rows=rows[1]).requires_grad
+    for wrong in (rows[0].long(), rows[0][:1]):
+        with pytest.raises(InputError, match="rows is"):
+            denoiser.hidden(ids, rows=wrong)
+    loopmdm.unpatch(model)
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser.hidden(ids, rows=rows[2]), want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_needs_the_last_layer_whole():
     """Where something behind the layers looks at all positions, the layers are left to work on all."""
     model = loopmdm.patch(peers.drawn("mdlm"))
-    block, forward = model.blocks[-1], model.blocks[-1].forward
+    forward = model.blocks[-1].forward
     model.blocks[-1].forward = lambda x, *args, **more: x + 0.5 * forward(x, *args, **more)
-    denoiser, ids = as_denoiser(model), some_ids(batch=1, length=9)
+    denoiser, ids = as_denoiser(model).eval(), some_ids(batch=1, length=9)
     rows = torch.arange(9)[None] == 4
     with torch.no_grad():
         assert torch.equal(denoiser.hidden(ids, rows=rows), denoiser.hidden(ids))
-    assert block._loopmdm.rows is None
 
 
 class LLaDABlockGroup(nn.ModuleList):

@@ -109,7 +109,7 @@ def test_same_bits_whatever_else_is_computed(dtype: torch.dtype) -> None:
     want = rotary_attention(**p, impl="cpp")
     before = torch.get_num_threads()
     try:
-        for threads in (1, 3):
+        for threads in (1, 3, 4):  # 3 take two key heads each, 4 share them all
             torch.set_num_threads(threads)
             assert torch.equal(rotary_attention(**p, impl="cpp"), want)
     finally:
@@ -177,6 +177,9 @@ def test_auto_and_gradients() -> None:
         rotary_attention(**problem(1, 9, 2, 2, 8, FP64), impl="cpp")
     with torch.autocast("cpu", dtype=BF16), pytest.raises(InputError, match="autocast"):
         rotary_attention(**problem(1, 9, 2, 2, 8), impl="cpp")
+    p = problem(2, 9, 2, 2, 8)
+    with pytest.raises(InputError, match="one shape"):
+        rotary_attention(**p | {"rope": (p["rope"][0][0], p["rope"][1])}, impl="cpp")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +193,7 @@ def test_auto_and_gradients() -> None:
         ({"q": torch.ones(1, 3, 2, 8)}, "with 3 queries of 4 positions"),
         ({"rope": (torch.ones(3, 4), torch.ones(3, 4))}, "table of rope is"),
         ({"mask": torch.ones(1, 2, 4, 4, dtype=torch.bool)}, "must broadcast"),
+        ({"mask": torch.ones((), dtype=torch.bool)}, "must broadcast"),
         ({"mask": torch.ones(4, 4, dtype=torch.bool), "causal": True}, "not both"),
         ({"rope": None, "query_rope": (torch.ones(4, 4), torch.ones(4, 4))}, "without rope"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from loopmdm.errors import InputError
 from loopmdm.ops.compact import compact
@@ -257,6 +258,16 @@ def test_one_graph_under_compile(impl):
         a, b = (build(CPU, torch.float32, torch.Generator().manual_seed(seed)) for _ in range(2))
         for got, want in zip(compiled(**a, impl=impl), select_scatter(**b, impl="torch"), strict=True):
             assert torch.equal(got, want)
+
+
+def test_a_tracer_sees_the_op():
+    c = good()
+
+    def revealed(scores):
+        return select_scatter(**c | {"scores": scores}, mask_id=MASK, impl="cpp").revealed
+
+    targets = [node.target for node in make_fx(revealed)(c["scores"]).graph.nodes]
+    assert torch.ops.loopmdm.select_scatter.default in targets
 
 
 def test_cpp_agrees_on_the_examples():

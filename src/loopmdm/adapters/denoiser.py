@@ -15,7 +15,7 @@ from ..model.denoiser import few, spread
 from ..model.depth import Depth, check_over
 from ..model.packed import Recast
 from .family import Family, value
-from .layer import Patched
+from .layer import Patched, only
 from .patching import families, is_ours, recognise, shared_of
 from .splice import layers_of, looping, loops_of
 
@@ -82,6 +82,8 @@ class Peer(nn.Module):
             raise InputError(f"input_ids is {input_ids.dtype} {list(input_ids.shape)}; expected integers [B, T]")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise InputError(f"attention_mask is {list(attention_mask.shape)}, input_ids is {list(input_ids.shape)}")
+        if rows is not None and (rows.dtype != torch.bool or rows.shape != input_ids.shape):
+            raise InputError(f"rows is {rows.dtype} {list(rows.shape)}; it must be bool {list(input_ids.shape)}")
         real = None if attention_mask is None else attention_mask.bool()
         if real is not None and bool(real.all()):
             real = None
@@ -96,7 +98,8 @@ class Peer(nn.Module):
         with (
             looping(self.model, num_loops, watched),
             self._hiding(real),
-            _only(self._layer, index),
+            contextlib.nullcontext() if index is None else only(self._layer[0], index),
+            contextlib.nullcontext() if self._source is None else _inference(input_ids.device),
             _stopping(*self._taps),
         ):
             try:
@@ -167,7 +170,8 @@ class Peer(nn.Module):
         Asked of a model of four tokens once, since its forward is not ours.
         """
         looped = (layer for loop in loops_of(self.model) for layer in loop.layers)
-        if not self._layer or any(self._layer[0] is layer for layer in looped):
+        last = self._layer[0] if self._layer else self
+        if self.training or not is_ours(last) or any(last is layer for layer in looped):
             return False
         if self._rows_hold is None:
             ids = torch.arange(4, device=self.head()[0].device)[None] % self.vocab_size
@@ -211,15 +215,10 @@ class _Reached(BaseException):
 
 
 @contextlib.contextmanager
-def _only(layer: tuple[nn.Module, ...], rows: Tensor | None) -> Iterator[None]:
-    """Let a layer work on some positions alone for a while, rows int64 [B, R]."""
-    for one in layer:
-        one._loopmdm.rows = rows  # type: ignore[union-attr]
-    try:
+def _inference(device: torch.device) -> Iterator[None]:
+    """A copy in another dtype has no gradients to give, and its dtype takes autocast's place."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-    finally:
-        for one in layer:
-            one._loopmdm.rows = None  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -371,7 +370,9 @@ def _setting(config: object, *names: str) -> Any:
 def _cast(model: nn.Module, dtype: torch.dtype, head: str | tuple[str, ...]) -> Recast[nn.Module]:
     """A copy of the model whose projections are in `dtype`; everything else is the same Parameter objects."""
     head_module = _find(model, (head,) if isinstance(head, str) else head)
-    called, inner = [], []  # what a layer itself calls may be packed, what lies inside a wrapper (LoRA) may not
+    called: list[nn.Linear] = []
+    inner: list[nn.Linear] = []
+    # what a layer itself calls may be packed, what lies inside a wrapper (LoRA) may not
     for layer in layers_of(model):
         record: Patched = layer._loopmdm  # type: ignore[assignment]
         layout = record.layout

@@ -6,12 +6,15 @@ modules, so that LoRA wrappers, quantised layers and hooks on them stay in force
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.block import Context, at
@@ -104,14 +107,25 @@ class Patched:
 
     Attributes:
         in_place: put there by `patch`.
-        rows: int64 [B, R], set for the length of a call: the positions that come out, [B, R, D]; None is all.
     """
 
     family: str
     layout: Layout
     shared: Shared
     in_place: bool = False
-    rows: Tensor | None = None
+
+
+_ONLY: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("_ONLY", default=None)
+
+
+@contextmanager
+def only(layer: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Let a layer work on some positions alone for a while, in this thread: rows int64 [B, R], its output [B, R, D]."""
+    token = _ONLY.set((layer, rows))
+    try:
+        yield
+    finally:
+        _ONLY.reset(token)
 
 
 def run(
@@ -125,7 +139,7 @@ def run(
     """x [B, T, D] -> [B, T, D] in x's dtype.
 
     Args:
-        block: a layer that has its `Patched` record; with `rows` there, these positions alone come out.
+        block: a layer that has its `Patched` record; within `only`, some positions alone come out.
         rope: (cos, sin), each [T, head_dim / 2] or [1 or B, T, head_dim / 2].
         mask: bool or additive, broadcastable to [B, 1, T, T]; a mask in `Shared` is added to it.
         cond: [1 or B, C], read only with modulation. One row folds the modulation into the norms' gain and bias, made
@@ -141,7 +155,8 @@ def run(
     causal = causal and mask is None
     p = layout.dropout if block.training else 0.0
     per_head = mask is not None and (mask.dim() != 4 or mask.shape[1] > 1)
-    rows = None if causal or per_head else record.rows
+    some = None if torch.compiler.is_compiling() else _ONLY.get()
+    rows = some[1] if some is not None and some[0] is block and not (causal or per_head) else None
     context, was = Context(rope, mask), x
     x = x if rows is None else at(x, rows)
     if not layout.modulation:

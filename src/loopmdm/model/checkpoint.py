@@ -70,8 +70,6 @@ class Checkpoint(
         if former.is_file() and former.read_bytes() != text.encode():
             metadata |= {"config": text, "replaces": hashlib.sha256(former.read_bytes()).hexdigest()}
         state = {k: v.contiguous() for k, v in self.state_dict().items()}
-        if any(v.is_meta for v in state.values()):
-            raise InputError("this model's weights are packed for inference; save the model that it was made from")
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
         try:

@@ -94,7 +94,7 @@ def read_at(denoiser: Denoiser, rows: Tensor) -> Tensor:
 
 def few(rows: Tensor | None) -> Tensor | None:
     """rows bool [B, T] -> int64 [B, R], each sequence's own before some others of it; None if R is near T."""
-    if rows is None:
+    if rows is None or not rows.numel():
         return None
     most = int(rows.sum(-1).max())
     return None if 4 * most > 3 * rows.shape[1] else (~rows).byte().argsort(dim=-1, stable=True)[:, :most]

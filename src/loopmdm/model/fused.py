@@ -17,6 +17,7 @@ from ..ops.spans import Spans, packed, spans_of
 from .depth import Depth, planned
 from .fold import conditioned
 from .fused_layers import Layers, Run, Shared, Stream, blocks_of, check_inference, inference, layers_why_not
+from .packed import PACKED, Packed
 
 if TYPE_CHECKING:
     from .lm import LoopMDM
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 def why_not(model: LoopMDM) -> str | None:
     """Why a model cannot run through the fused ops, or None."""
+    if any(isinstance(module, Packed) for module in model.modules()):
+        return PACKED
     return layers_why_not(model.config, model.layers, model.looped_blocks)
 
 

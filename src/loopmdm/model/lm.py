@@ -24,7 +24,7 @@ from .depth import Depth, check_over, planned
 from .flops import forward_flops
 from .fused import Fused
 from .loop import Anchored, Boundary, LoopedBlock
-from .packed import Recast
+from .packed import PACKED, Packed, Recast
 
 
 class Output:
@@ -153,6 +153,8 @@ class LoopMDM(Checkpoint):
             rows: bool [B, T], where they will be read; elsewhere they may then be 0. The last layer works there alone.
         """
         self._check(input_ids, attention_mask, document_ids)
+        if rows is not None and (rows.dtype != torch.bool or rows.shape != input_ids.shape):
+            raise InputError(f"rows is {rows.dtype} {list(rows.shape)}; it must be bool {list(input_ids.shape)}")
         loops, depth = planned(num_loops, self.max_loops, len(input_ids))
         self._check_depth(depth)
         positions, mask = _layout(input_ids, attention_mask, document_ids)
@@ -382,6 +384,8 @@ class SigmaEmbedding(nn.Module):
 def _share(source: nn.Module, target: nn.Module) -> None:
     """Put the Parameter objects of a module into another one of the same make."""
     for a, b in zip(source.modules(), target.modules(), strict=True):
+        if isinstance(a, Packed):
+            raise InputError(PACKED)
         for name, parameter in a.named_parameters(recurse=False):
             setattr(b, name, parameter)
 

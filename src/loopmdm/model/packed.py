@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.linear import pack, plain
+from ..errors import InputError
+from ..ops.linear import linear, pack, plain
 
 M = TypeVar("M", bound=nn.Module)
+PACKED = "this model's weights are packed for inference; use the model that it was made from"
+
+
+class Packed(nn.Linear):
+    """An nn.Linear whose numbers are in `packed` alone; `weight` is a meta tensor that only tells shape and dtype.
+
+    Raises:
+        InputError: where it would be saved, loaded, copied, moved or cast, or needs a gradient.
+    """
+
+    packed: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, packed=self.packed)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise InputError(PACKED)
+
+    __getstate__ = _save_to_state_dict = _load_from_state_dict = _apply = _refuse
 
 
 class Recast(Generic[M]):
     """A copy of a module in which some nn.Linear compute in `dtype`; every other tensor is the same object.
 
     On a CPU whose product takes weights in a layout of its own (`ops.linear.pack`) the projections that nothing was
-    added to hold them so, as `packed`, and their `weight` is a meta tensor that only tells shape and dtype.
+    added to become `Packed`.
 
     Attributes:
         copy: the copy; for inference.
@@ -51,6 +71,8 @@ class Recast(Generic[M]):
                 memo[id(p)] = self._twin(p, dtype)
         self.copy: M = copy.deepcopy(model, memo)
         self._packs = [(weight, memo[id(module)]) for weight, module in packs]
+        for _, twin in self._packs:
+            twin.__class__ = Packed
         self.refresh()
 
     def _twin(self, p: Tensor, dtype: torch.dtype | None, meta: bool = False) -> nn.Parameter:

@@ -83,7 +83,7 @@ def _refuses(impl: str, x: Tensor, act: str, up: Tensor | None = None, **_: Any)
 
 
 def _cpp(x: Tensor, act: str, up: Tensor | None, dim: int) -> Tensor:
-    out = torch.empty((*x.shape[:-1], dim), dtype=x.dtype)
+    out = x.new_empty((*x.shape[:-1], dim))
     x = x if x.is_contiguous() else x.contiguous()
     stride, other = x.shape[-1], x.data_ptr()
     if up is not None:

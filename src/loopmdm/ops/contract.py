@@ -129,6 +129,7 @@ class Op:
     sizes: Mapping[str, tuple[Mapping[str, int], ...]] = field(default_factory=dict)
     forward_only: tuple[str, ...] = ()
     _pins: list[Pin] = field(default_factory=list, init=False, repr=False)
+    _decided: dict[Any, Choice] = field(default_factory=tuned.forgotten_dict, init=False, repr=False)
 
     def choose(
         self,
@@ -164,20 +165,31 @@ class Op:
                 raise InputError(f"{self.name}: impl={impl!r} cannot run: {reason}")
             row = tuned.best(self.name, tuned.arch(device), dtype, size, impl=impl)
             return Choice(impl, row.config if row else {}, "asked for")
+        key = (device, dtype, tuple(size.items()))
+        known = None if torch.compiler.is_compiling() else self._decided.get(key)
+        if known is not None and (refuses is None or refuses(known.impl) is None):
+            return known
         passed_over: tuple[str, ...] = ()
         why = None
         while True:
             row = tuned.best(self.name, tuned.arch(device), dtype, size, measured_only=True, but=passed_over)
             if row is None or row.impl == "torch":
                 found = "no faster implementation was measured here" if row is None else row.evidence
-                return Choice("torch", why=why or found)
+                decided = Choice("torch", why=why or found)
+                break
             reason = None if row.impl in self.impls else f"{self.name} has no impl {row.impl!r}"
             reason = reason or self.unavailable(row.impl, device)
             reason = reason or (refuses(row.impl) if refuses is not None else None)
             reason = reason or self.verify(row.impl, device, dtype, row.config)
             if reason is None:
-                return Choice(row.impl, row.config, row.evidence)
+                decided = Choice(row.impl, row.config, row.evidence)
+                break
             passed_over, why = (*passed_over, row.impl), why or reason
+        if not passed_over and not torch.compiler.is_compiling():
+            if len(self._decided) > 10_000:
+                self._decided.clear()
+            self._decided[key] = decided
+        return decided
 
     def unavailable(self, impl: str, device: torch.device) -> str | None:
         """Return why `impl` cannot run on `device`, or None when it can."""

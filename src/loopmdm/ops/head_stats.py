@@ -243,7 +243,7 @@ def _checked(
 @functools.lru_cache(maxsize=64)
 def _mask(suppressed: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
     """bool [V], True where suppressed. Cached, so that a step copies nothing to the device."""
-    mask = torch.empty(vocab, dtype=torch.bool).zero_()
+    mask = torch.empty(vocab, dtype=torch.bool, device="cpu").zero_()
     mask[list(suppressed)] = True
     return mask.to(device)
 
@@ -436,8 +436,8 @@ class Cpp:
     def _groups(self, part: slice) -> tuple[Groups, Tensor, Tensor]:
         """And each group's second largest logit, fp32, and the largest one's place in it, int32."""
         shape = (part.stop - part.start, -(-self.vocab // SPAN))
-        best, dot, second = (torch.empty(shape, dtype=torch.float32) for _ in range(3))
-        total, at = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
+        best, dot, second = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(3))
+        total, at = (torch.empty(shape, dtype=torch.int32, device="cpu") for _ in range(2))
         tempered = torch.empty_like(total) if self.scale != 1 else None
         where = (0 if t is None else t.data_ptr() for t in (best, total, dot, tempered, second, at))
         self.native.head_groups_cpu(self.head(part), self.scale, *where, torch.get_num_threads())
@@ -445,7 +445,7 @@ class Cpp:
 
     def inside(self, part: slice, group: Tensor) -> Tensor:
         """fp32 [n, m, 128], the logits of groups int64 [n, m]."""
-        out = torch.empty(*group.shape, SPAN, dtype=torch.float32)
+        out = torch.empty(*group.shape, SPAN, dtype=torch.float32, device="cpu")
         group = group.contiguous()
         self.native.head_inside_cpu(
             self.head(part), group.data_ptr(), out.data_ptr(), group.shape[1], torch.get_num_threads()
@@ -455,8 +455,8 @@ class Cpp:
     def rows(self, part: slice, draw: Draw) -> HeadStats:
         """What `_of_groups` does without top-k, in one call."""
         stats, second, at = self._groups(part)
-        token = torch.empty(len(stats.best), dtype=torch.int64)
-        values = torch.empty(5, len(token), dtype=torch.float32)
+        token = torch.empty(len(stats.best), dtype=torch.int64, device="cpu")
+        values = torch.empty(5, len(token), dtype=torch.float32, device="cpu")
         tempered = stats.total if stats.tempered is None else stats.tempered
         noise = [t.contiguous() for t in draw.noise] if draw.temperature else [None] * 3
         judged = None if draw.tokens is None else draw.tokens.contiguous()

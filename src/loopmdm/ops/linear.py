@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from . import native
 from .contract import Op
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
@@ -29,8 +30,9 @@ def linear(
         x: [..., K], any floating dtype.
         weight: [N, K] in x's dtype.
         bias: [N] in x's dtype, or None.
-        packed: what `pack` made of `weight`, whose numbers are then not read. Needs "onednn".
-        impl: "auto", "torch", or "onednn" (CPU, fp32 and bf16, no gradients, no autocast).
+        packed: what `pack` made of `weight`, whose numbers are then not read. Needs "onednn"; not within a graph of
+            torch.compile.
+        impl: "auto", "torch", or "onednn" (CPU, fp32 and bf16, no gradients, no autocast to another dtype).
 
     Returns:
         [..., N] in x's dtype.
@@ -40,16 +42,24 @@ def linear(
     """
     if packed is None and impl == "auto" and (torch.compiler.is_compiling() or not x.is_cpu):
         return F.linear(x, weight, bias)
-    refused = _refuses("onednn", x, weight, bias)
+    if packed is not None and torch.compiler.is_compiling():  # outside fullgraph, dynamo then runs this as it is
+        raise InputError("linear: packed weights cannot be compiled")
+    if packed is not None and not x.numel():
+        return x.new_empty((*x.shape[:-1], len(weight)))
+    if packed is not None and x.stride(-1) != 1:
+        x = x.contiguous()
+    refused = _refuses("onednn", x, weight if packed is None else packed, bias)
     if packed is not None:
         if refused or impl not in ("auto", "onednn"):
             raise InputError(f"linear: packed weights are for onednn alone: {refused or f'impl is {impl!r}'}")
-    elif impl == "auto" and (refused or (x.dtype == torch.float32 and intel())):
+    elif impl == "auto" and (refused or (x.dtype == torch.float32 and intel()) or native.watched(x, weight, bias)):
         return F.linear(x, weight, bias)
     else:
         work = x.numel() * len(weight)
         if OP.choose(impl, x.device, x.dtype, lambda name: _refuses(name, x, weight, bias), work=work).impl == "torch":
             return F.linear(x, weight, bias)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()  # oneDNN reads it as if it were
     return torch.ops.mkldnn._linear_pointwise(x, weight if packed is None else packed, bias, "none", [], "")
 
 
@@ -72,7 +82,7 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     Wrappers, quantised layers, hooks and replaced forwards stay in force.
     """
     if plain(module):
-        return linear(x, module.weight, module.bias, packed=getattr(module, "packed", None))  # type: ignore[arg-type]
+        return linear(x, module.weight, module.bias)  # type: ignore[arg-type]
     return module(x)
 
 
@@ -113,10 +123,18 @@ def _refuses(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, *
         return f"x is {x.dtype} and weight {weight.dtype}, onednn takes float32 or bfloat16 of one kind"
     if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this processor has no bf16 product"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype:
         return "autocast is on, which would give it another dtype"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return "it has no backward; use impl='torch' or torch.no_grad()"
+    if native.forward_gradients():
+        return "it has no forward-mode gradient; use impl='torch'"
+    if x.shape[-1:] != weight.shape[1:]:
+        return f"x is {list(x.shape)} and weight {list(weight.shape)}"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return f"weight is {list(weight.shape)} and bias {list(bias.shape)}"
+    if not weight.is_cpu or (bias is not None and not bias.is_cpu):
+        return "weight or bias is on another device"
     if not x.numel() or x.stride(-1) != 1:
         return "x is empty or not contiguous in its last dimension"
     return None

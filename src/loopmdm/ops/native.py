@@ -22,12 +22,21 @@ def level_below_4() -> int:
     return 0 if built is None else max(0, 4 - built.cpu_level())
 
 
+def forward_gradients() -> bool:
+    """Whether forward-mode differentiation is on: a tensor may have a tangent without `requires_grad`."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def watched(*tensors: Tensor | None) -> str | None:
-    """Why only torch's own operations will do, or None: gradients, a tracer, a mode or subclass that must see them."""
+    """Why only torch's own operations will do, or None: gradients, or a tracer, transform, mode or subclass."""
     if torch.compiler.is_compiling():
         return "torch.compile must see its operations; use impl='torch'"
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
         return "it has no backward; use impl='torch' or torch.no_grad()"
+    if forward_gradients():
+        return "it has no forward-mode gradient; use impl='torch'"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a function transform must see its operations; use impl='torch'"
     if not all([t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors]):
         return "a tensor is of a subclass; use impl='torch'"
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():

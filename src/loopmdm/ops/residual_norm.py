@@ -154,7 +154,7 @@ def _cpp(
         else:
             at = found
     weight, bias = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
-    normed = torch.empty(x.shape, dtype=out_dtype)
+    normed = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     tensors = (x, branch, weight, bias, None if branch is None else summed, normed)
     extension().residual_norm_cpu(
         [0 if t is None else t.data_ptr() for t in tensors],

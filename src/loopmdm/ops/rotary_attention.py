@@ -160,7 +160,8 @@ def _check(
         if causal:
             raise InputError("rotary_attention: give a mask or causal, not both")
         whole = (B, 1, R, T)
-        if mask.ndim > 4 or any(n not in (1, m) for n, m in zip(mask.shape, whole[4 - mask.ndim :], strict=True)):
+        fits = 0 < mask.ndim <= 4 and all(n in (1, m) for n, m in zip(mask.shape, whole[4 - mask.ndim :], strict=True))
+        if not fits:
             raise InputError(f"rotary_attention: mask is {list(mask.shape)}; it must broadcast to {list(whole)}")
 
 
@@ -190,6 +191,8 @@ def _refuses(
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != q.dtype:
         return "autocast gives attention another dtype; use impl='torch'"
     tables = [*(rope or ()), *(query_rope or ())]
+    if any([pair is not None and pair[0].shape != pair[1].shape for pair in (rope, query_rope)]):
+        return "cos and sin of a rotary table must have one shape; use impl='torch'"
     if any([t.dtype != torch.float32 or not t.is_cpu for t in tables]) or not (k.is_cpu and v.is_cpu):
         return "its rotary tables must be float32, and all tensors on the CPU"
     return native.watched(q, k, v, *tables)

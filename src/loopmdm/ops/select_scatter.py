@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError, nearest, whole
 from .contract import Op
+from .native import watched
 from .select_topk import ranking
 
 RULES = ("top_k", "threshold", "factor", "sum")
@@ -96,7 +97,7 @@ def select_scatter(
     args = (scores, proposed, tokens, masked, eligible, k, bound, eos, again, ends, done, rule, mask_id, remask, impl)
     if impl == "torch":
         revealed, remasked = _reference(*args)
-    elif torch.compiler.is_compiling() or type(scores) is not Tensor:
+    elif watched(scores, proposed, tokens, masked, eligible):
         revealed, remasked = _select_scatter(*args)
     else:  # the op's own dispatch takes ten times as long as what it calls
         revealed, remasked = _run(*args)
