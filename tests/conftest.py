@@ -15,7 +15,9 @@ from hypothesis import settings
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs ignore Ctrl-C, its tests must not
     signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+# children that fork from here must not start an OpenMP team, as accelerate would: none survives a fork
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile("loopmdm", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("loopmdm")
 
