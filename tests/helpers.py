@@ -6,7 +6,6 @@ parameters are constant or whose blocks return what they were given.
 """
 
 import math
-from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -15,17 +14,6 @@ from loopmdm.config import ModelConfig
 from loopmdm.model.block import Block, Norm
 from loopmdm.model.lm import LoopMDM
 from loopmdm.model.loop import Anchored
-from loopmdm.ops.contract import Choice, all_ops
-
-
-@contextmanager
-def on_torch():
-    """Within it every op is torch's own: for bits that are compared with plain torch."""
-    with ExitStack() as pins:
-        for op in all_ops().values():
-            pins.enter_context(op.pinned(Choice("torch")))
-        yield
-
 
 DIT = {
     "hidden_act": "gelu_tanh",

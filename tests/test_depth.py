@@ -16,9 +16,10 @@ from loopmdm.errors import InputError
 from loopmdm.model.depth import Depth, RelativeChange
 from loopmdm.model.lm import LoopMDM
 from loopmdm.model.loop import LoopedBlock
+from loopmdm.ops.contract import on_torch
 
 from . import unlooped
-from .helpers import BACKBONES, ids, live, on_torch, randomize_, tiny
+from .helpers import BACKBONES, ids, live, randomize_, tiny
 
 BOUNDARIES = ("plain", "anchored")
 B, T = 32, 9

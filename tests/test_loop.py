@@ -8,9 +8,10 @@ import torch
 from loopmdm.errors import InputError
 from loopmdm.model.lm import LoopMDM
 from loopmdm.model.loop import LoopedBlock
+from loopmdm.ops.contract import on_torch
 
 from . import unlooped
-from .helpers import BACKBONES, ids, live, on_torch, randomize_, tiny
+from .helpers import BACKBONES, ids, live, randomize_, tiny
 
 BOUNDARIES = ("plain", "anchored")
 RANGES = [(1, 2), (0, 1), (0, 4), (3, 1)]

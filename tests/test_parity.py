@@ -137,7 +137,7 @@ def test_a_right_model_is_equal(peer, capsys):
         assert result.equal and result.first is None and result.logits < 5e-6
         assert max(place.own for place in result.places) < 5e-6 and len(result.places) == 3 + 9 * L
         printed = capsys.readouterr().out.splitlines()
-        assert printed[-1] == "equal within 7.6e-06" and len(printed) == 2 + 3 + L
+        assert printed[-1] == "equal within 5.0e-06" and len(printed) == 2 + 3 + L
     tight = check_parity(broken(peer).double(), ours_of(peer).double(), TOKENS, tolerance=3e-7, show=False)
     assert tight.equal and capsys.readouterr().out == ""  # the angles are fp32 in both
 

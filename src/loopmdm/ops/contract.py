@@ -26,7 +26,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -265,6 +265,15 @@ class Op:
                 total = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
                 outputs += torch.autograd.grad(total, leaves)
         return [o.detach() for o in outputs]
+
+
+@contextmanager
+def on_torch() -> Iterator[None]:
+    """Within it every op is torch's own; not for several threads."""
+    with ExitStack() as pins:
+        for op in all_ops().values():
+            pins.enter_context(op.pinned(Choice("torch")))
+        yield
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
