@@ -3,9 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
+#include <vector>
 
 #include "head.h"
 #include "layer.h"
+#include "product.h"
 #include "unmask.h"
 
 #ifndef LOOPMDM_CUDA_VERSION
@@ -88,6 +91,35 @@ PYBIND11_MODULE(_C, m) {
                                    threads);
     }, unlocked);
     m.def("activation_cpu", &loopmdm::activation_cpu, unlocked);
+    m.def("packed_words", &loopmdm::packed_words, "32-bit words of a packed weight.");
+    m.def("huge_pages", &loopmdm::huge_pages, "Ask for pages of 2 MiB for memory that nobody wrote to yet.");
+    m.def("pack_weight_cpu", &loopmdm::pack_weight_cpu, unlocked);
+    m.def("packed_linear_cpu", &loopmdm::packed_linear_cpu, unlocked);
+    // Pointers and sizes in the order of LayerWeights, LayerVisit, LayersCall and RotaryAttention.
+    py::class_<loopmdm::LayerWeights>(m, "LayerWeights", "Weights of one layer; see csrc/product.h.")
+        .def(py::init([](const std::array<uintptr_t, 14>& p, const std::array<int64_t, 5>& n, int activation, bool centre,
+                         float eps) {
+            return loopmdm::LayerWeights{{p[0], p[1]}, {p[2], p[3]}, {p[4], p[5]}, {p[6], p[7]}, {p[8], p[9]},
+                                         {p[10], p[11]}, {p[12], p[13]}, n[0], n[1], n[2], n[3], n[4], activation, centre, eps};
+        }));
+    using Visit = std::tuple<const loopmdm::LayerWeights*, std::array<uintptr_t, 6>, std::array<bool, 4>>;
+    using Between = std::tuple<std::array<uintptr_t, 5>, std::array<int64_t, 3>, std::array<int64_t, 4>>;
+    m.def("layers_cpu", [](const std::vector<Visit>& given, const std::array<uintptr_t, 3>& c, const Between& between,
+                           const Between& last, const std::array<bool, 4>& is, int threads) {
+        std::vector<loopmdm::LayerVisit> visits;
+        for (const auto& [w, p, b] : given)
+            visits.push_back({w, p[0], p[1], p[2], p[3], p[4], p[5], b[0], b[1], b[2], b[3]});
+        const auto attention = [&](const Between& of) {
+            const auto& [p, n, shared] = of;
+            loopmdm::RotaryAttention a{};
+            a.cos = p[0], a.sin = p[1], a.q_cos = p[2], a.q_sin = p[3], a.mask = p[4];
+            a.batch = n[0], a.rows = n[1], a.tokens = n[2];
+            a.rope_batch = shared[0], a.q_rope_batch = shared[1], a.mask_batch = shared[2], a.mask_row = shared[3];
+            a.interleaved = is[1], a.rounded = is[2], a.causal = is[3];
+            return a;
+        };
+        loopmdm::layers_cpu(visits, {c[0], c[1], c[2], is[0], attention(between), attention(last)}, threads);
+    }, unlocked);
 #ifdef LOOPMDM_CUDA
     m.attr("has_cuda") = true;
     m.def("select_topk_cuda", &loopmdm::select_topk_cuda, unlocked, py::arg("keys"), py::arg("eligible"), py::arg("k"),

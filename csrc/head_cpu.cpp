@@ -25,9 +25,8 @@ constexpr int64_t kRows = 128;   // rows of one task: they lie in the second cac
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-// A panel holds 64 rows side by side, and the weights are read as they lie. out[slice][id][16 rows]. TILE(R, C), for the
-// last 16 rows TILE(S, D), for the last 8 FEW(E, F), which leaves the other 8 lanes as they are. From `next` on as many
-// bytes are fetched as are read.
+// A panel holds 64 rows side by side, and the weights are read as they lie. out[slice][id][16 rows]. The last 8 rows and
+// fewer leave the other 8 lanes as they are. From `next` on as many bytes are fetched as are read.
 #define SWEEP(TILE, R, C)                                                                                             \
     for (int64_t id = 0; id < ids; id += ids < R ? 1 : R) {                                                           \
         const int64_t from = ids < R ? id : std::min<int64_t>(id, ids - R);                                           \
@@ -35,22 +34,19 @@ constexpr float kLargest = std::numeric_limits<float>::max();
         if (ids < R) TILE(1, C)(w + from * bytes, bytes, panel + c, bytes, to, 16, 16 * kSpan, next + from * bytes);  \
         else TILE(R, C)(w + from * bytes, bytes, panel + c, bytes, to, 16, 16 * kSpan, next + from * bytes);          \
     }
-#define ACROSS(name, TILE, R, C, S, D, FEW, E, F, columns)                                                            \
+#define ACROSS(name, wider, TILE, R, C, FEW, E, F)                                                                    \
     void name(const char* w, int64_t ids, int64_t bytes, const uint32_t* panel, int64_t rows, float* out,            \
               const char* next) {                                                                                     \
         for (int64_t c = 0; c < rows;) {                                                                              \
-            if (rows - c > columns - 16 && rows - c > 8) {                                                            \
-                SWEEP(TILE, R, C)                                                                                     \
-                c += columns;                                                                                         \
-            } else if (rows - c > 8) {                                                                                \
-                SWEEP(TILE, S, D)                                                                                     \
-                c += 16;                                                                                              \
-            } else {                                                                                                  \
-                SWEEP(FEW, E, F)                                                                                      \
-                c += 16;                                                                                              \
-            }                                                                                                         \
+            const int64_t left = rows - c;                                                                            \
+            wider                                                                                                     \
+            if (left > 8) SWEEP(TILE, R, C)                                                                           \
+            else SWEEP(FEW, E, F)                                                                                     \
+            c += 16;                                                                                                  \
         }                                                                                                             \
     }
+#define IF_OVER(rows_, columns, TILE, R, C) if (left > rows_) { SWEEP(TILE, R, C) c += columns; continue; }
+#define WIDER(TILE) IF_OVER(48, 64, TILE, 4, 4) IF_OVER(32, 48, TILE, 4, 3) IF_OVER(16, 32, TILE, 8, 2)
 #define FP32_V1(R, C) tile<v4, u4, false, R, C, true>
 #define BF16_V1(R, C) tile<v4, u4, true, R, C, true>
 #define FP32_V3(R, C) tile<v8, u8, false, R, C, true>
@@ -64,15 +60,15 @@ constexpr float kLargest = std::numeric_limits<float>::max();
         pack<wide>(x, stride, rows, bytes, panel);                                                                    \
     }
 
-FUSED ACROSS(across_fp32, FP32_V1, 2, 4, 2, 4, FP32_V1, 4, 2, 16)
-FUSED ACROSS(across_bf16, BF16_V1, 2, 4, 2, 4, BF16_V1, 4, 2, 16)
+FUSED ACROSS(across_fp32, , FP32_V1, 2, 4, FP32_V1, 4, 2)
+FUSED ACROSS(across_bf16, , BF16_V1, 2, 4, BF16_V1, 4, 2)
 PACK(side_by_side, false)
 #ifdef LOOPMDM_X86
-FUSED V3 ACROSS(across_fp32_v3, FP32_V3, 6, 2, 6, 2, FP32_V3, 8, 1, 16)
-FUSED V3 ACROSS(across_bf16_v3, BF16_V3, 4, 2, 4, 2, BF16_V3, 8, 1, 16)
-FUSED V4 ACROSS(across_fp32_v4, FP32_V4, 4, 4, 8, 1, FP32_V3, 8, 1, 64)
-FUSED V4 ACROSS(across_bf16_v4, BF16_V4, 4, 4, 8, 1, BF16_V3, 8, 1, 64)
-BF16 ACROSS(across_bf16_dot, BF16_DOT, 4, 4, 8, 1, BF16_DOT8, 8, 1, 64)
+FUSED V3 ACROSS(across_fp32_v3, , FP32_V3, 6, 2, FP32_V3, 8, 1)
+FUSED V3 ACROSS(across_bf16_v3, , BF16_V3, 4, 2, BF16_V3, 8, 1)
+FUSED V4 ACROSS(across_fp32_v4, WIDER(FP32_V4), FP32_V4, 8, 1, FP32_V3, 8, 1)
+FUSED V4 ACROSS(across_bf16_v4, WIDER(BF16_V4), BF16_V4, 8, 1, BF16_V3, 8, 1)
+BF16 ACROSS(across_bf16_dot, WIDER(BF16_DOT), BF16_DOT, 8, 1, BF16_DOT8, 8, 1)
 V4 PACK(side_by_side_v4, true)
 #endif
 
@@ -340,23 +336,23 @@ void given(const Head& h, int64_t row, int64_t rows, int64_t first, int64_t cols
     }
 }
 
-// The same of one row of a product, at most kSpan columns.
-void computed(const Head& h, int64_t row, int64_t first, int64_t cols, float* out) {
+// The same of one row of a product, at most kSpan columns; meanwhile the weights from column `next` on are fetched.
+void computed(const Head& h, int64_t row, int64_t first, int64_t cols, int64_t next, float* out) {
     thread_local std::vector<uint32_t> panel;
     const int64_t size = h.is_bf16 ? 2 : 4, bytes = h.dim * size, words = (bytes + 3) / 4;
     const char *x = as<const char>(h.x) + row * h.stride * size, *w = as<const char>(h.weight) + first * bytes;
     panel.resize(words * kPanel);
     for (int64_t k = 0; k < words; ++k) std::fill_n(panel.data() + k * kPanel, 8, word(x + 4 * k, std::min<int64_t>(4, bytes - 4 * k)));
     float lanes[16 * kSpan];
-    (h.is_bf16 ? kernels.bf16 : kernels.fp32)(w, cols, bytes, panel.data(), 1, lanes, w);
+    (h.is_bf16 ? kernels.bf16 : kernels.fp32)(w, cols, bytes, panel.data(), 1, lanes, w + (next - first) * bytes);
     for (int64_t c = 0; c < cols; ++c) out[c] = lanes[16 * c];
     suppressed(h, first, cols, [&](int64_t c) { out[c] = kLowest; });
 }
 
-// The 128 logits of a row's group, -inf beyond the vocabulary.
-void inside(const Head& h, int64_t row, int64_t group, float* to) {
+// The 128 logits of a row's group, -inf beyond the vocabulary. `next`: the group that will be looked at then.
+void inside(const Head& h, int64_t row, int64_t group, int64_t next, float* to) {
     const int64_t first = group * kSpan, cols = std::min(kSpan, h.vocab - first);
-    if (h.weight) computed(h, row, first, cols, to);
+    if (h.weight) computed(h, row, first, cols, next * kSpan, to);
     else given(h, row, 1, first, cols, to, kSpan);
     for (int64_t c = 0; c < kSpan; ++c) {
         float x = c < cols ? to[c] : kLowest;
@@ -443,7 +439,8 @@ void head_groups_cpu(const Head& h, float scale, uintptr_t best, uintptr_t total
 void head_inside_cpu(const Head& h, uintptr_t group, uintptr_t out, int64_t per, int threads) {
     const int64_t workers = worth(h.rows * per * kSpan * (h.weight ? h.dim : 16), threads);
     parallel(h.rows * per, workers, [&](int64_t i) {
-        inside(h, i / per, as<const int64_t>(group)[i], as<float>(out) + i * kSpan);
+        const auto* groups = as<const int64_t>(group);
+        inside(h, i / per, groups[i], groups[std::min(i + 1, h.rows * per - 1)], as<float>(out) + i * kSpan);
     });
 }
 
@@ -452,44 +449,62 @@ void head_rows_cpu(const Head& h, float scale, uintptr_t best_, uintptr_t total_
                    uintptr_t values_, int threads) {
     const int64_t groups = (h.vocab + kSpan - 1) / kSpan;
     const int64_t workers = worth(h.rows * (groups * 64 + (noise.seeds || judged ? kSpan * (h.weight ? h.dim : 16) : 0)), threads);
-    parallel(h.rows, workers, [&](int64_t row) {
+    struct Picked {
+        int64_t group, likeliest;
+        float top, second;
+        Sums sums;
+    };
+    constexpr int64_t kTogether = 8;  // rows of a task: while one's group is looked at, the next one's is fetched
+    const auto pick = [&](int64_t row) {
         const auto *best = as<const float>(best_) + row * groups, *dot = as<const float>(dot_) + row * groups;
         const auto *total = as<const uint32_t>(total_) + row * groups,
                    *tempered = as<const uint32_t>(tempered_) + row * groups;
         const int64_t likeliest = std::max_element(best, best + groups) - best;
         const float top = best[likeliest];
-        const bool alive = top > kLowest;
-        const Sums sums = kernels.add(best, total, dot, groups, top);
         float second = as<const float>(second_)[row * groups + likeliest];
         for (int64_t g = 0; g < groups; ++g) second = g != likeliest && best[g] > second ? best[g] : second;
-        int64_t group = likeliest, held = -1, chosen = as<const uint32_t>(at_)[row * groups + likeliest];
-        float x[kSpan], logit = top;
-        if (noise.seeds && alive) {
+        Picked p{likeliest, likeliest, top, second, kernels.add(best, total, dot, groups, top)};
+        if (noise.seeds && top > kLowest) {
             thread_local std::vector<float> key;
-            key.resize(std::max(groups, kSpan));
-            const int64_t seed = as<const int64_t>(noise.seeds)[row];
-            const auto step = static_cast<uint32_t>(as<const int64_t>(noise.steps)[row]),
-                       position = static_cast<uint32_t>(as<const int64_t>(noise.positions)[row]);
-            kernels.noise(seed, step, position, 0, groups, kGroupStream, key.data());
+            key.resize(groups);
+            kernels.noise(as<const int64_t>(noise.seeds)[row], static_cast<uint32_t>(as<const int64_t>(noise.steps)[row]),
+                          static_cast<uint32_t>(as<const int64_t>(noise.positions)[row]), 0, groups, kGroupStream, key.data());
             kernels.level(best, tempered, groups, top, scale, key.data());
-            group = held = std::max_element(key.begin(), key.begin() + groups) - key.begin();
-            inside(h, row, group, x);
-            kernels.noise(seed, step, position, static_cast<uint32_t>(group * kSpan), kSpan, kTokenStream, key.data());
-            for (int64_t c = 0; c < kSpan; ++c) key[c] = x[c] > kLowest ? (x[c] - top) * scale + key[c] : kLowest;
-            chosen = std::max_element(key.begin(), key.begin() + kSpan) - key.begin();
+            p.group = std::max_element(key.begin(), key.end()) - key.begin();
+        }
+        return p;
+    };
+    const auto finish = [&](int64_t row, const Picked& p, int64_t next) {
+        const bool alive = p.top > kLowest, drawn = noise.seeds && alive;
+        int64_t chosen = as<const uint32_t>(at_)[row * groups + p.likeliest];
+        float x[kSpan], key[kSpan], logit = p.top;
+        if (drawn) {
+            inside(h, row, p.group, next, x);
+            kernels.noise(as<const int64_t>(noise.seeds)[row], static_cast<uint32_t>(as<const int64_t>(noise.steps)[row]),
+                          static_cast<uint32_t>(as<const int64_t>(noise.positions)[row]),
+                          static_cast<uint32_t>(p.group * kSpan), kSpan, kTokenStream, key);
+            for (int64_t c = 0; c < kSpan; ++c) key[c] = x[c] > kLowest ? (x[c] - p.top) * scale + key[c] : kLowest;
+            chosen = std::max_element(key, key + kSpan) - key;
             logit = x[chosen];
         }
-        int64_t token = alive ? group * kSpan + chosen : -1;
+        int64_t token = alive ? p.group * kSpan + chosen : -1;
         if (const int64_t given = judged ? as<const int64_t>(judged)[row] : -1; given >= 0) {
             token = given;
-            if (given / kSpan != held) inside(h, row, given / kSpan, x);
+            if (!drawn || given / kSpan != p.group) inside(h, row, given / kSpan, next, x);
             logit = x[given % kSpan];
         }
         as<int64_t>(token_)[row] = token;
-        const float values[5] = {token >= 0 ? logit : kLowest, top, second,
-                                 alive ? static_cast<float>(top + std::log(sums.mass * 0x1p-48)) : kLowest,
-                                 alive ? static_cast<float>(top + sums.weighted / sums.mass) : 0.0f};
+        const float values[5] = {token >= 0 ? logit : kLowest, p.top, p.second,
+                                 alive ? static_cast<float>(p.top + std::log(p.sums.mass * 0x1p-48)) : kLowest,
+                                 alive ? static_cast<float>(p.top + p.sums.weighted / p.sums.mass) : 0.0f};
         for (int64_t i = 0; i < 5; ++i) as<float>(values_)[i * h.rows + row] = values[i];
+    };
+    const int64_t each = std::max<int64_t>(1, std::min(kTogether, (h.rows + workers - 1) / workers));
+    parallel((h.rows + each - 1) / each, workers, [&](int64_t task) {
+        Picked picked[kTogether];
+        const int64_t first = task * each, rows = std::min(each, h.rows - first);
+        for (int64_t i = 0; i < rows; ++i) picked[i] = pick(first + i);
+        for (int64_t i = 0; i < rows; ++i) finish(first + i, picked[i], picked[std::min(i + 1, rows - 1)].group);
     });
 }
 

@@ -72,6 +72,49 @@ def test_parts_of_one_run_are_merged(tmp_path):
     assert bench.save(results(row(), revision="later"), path, merge=True) != path
 
 
+def test_sweeps_are_pooled():
+    once = results(row(ratio=2.0, seconds=0.5), row(arm="a reference", ratio=None, seconds=4.0), row(arm="once"))
+    again = results(row(ratio=4.5, seconds=2.0, rounds=5), row(arm="a reference", ratio=None, seconds=1.0))
+    assert bench.pooled([once]) == once
+    pooled = bench.pooled([once, again])
+    ours, reference = pooled["rows"]
+    assert pooled["sweeps"] == 2 and (ours["rounds"], reference["seconds"]) == (12, 2.0)
+    assert math.isclose(ours["ratio"], 3.0) and math.isclose(ours["seconds"], 1.0)
+    assert ours["ratio_low"] * ours["ratio_high"] == pytest.approx(9) and ours["ratio_low"] < 2.0
+
+
+@pytest.mark.parametrize("sweeps", [2, 3, 8])
+def test_pooled_interval_holds_another_runs_ratio(sweeps):
+    rng = random.Random(sweeps)
+
+    def run(deviation):
+        return bench.pooled([results(row(ratio=math.exp(rng.gauss(1, deviation)))) for _ in range(sweeps)])["rows"][0]
+
+    for deviation, least in ((bench.PRIOR / 2, 0.95), (bench.PRIOR, 0.94), (3 * bench.PRIOR, 0.75)):
+        pairs = [(run(deviation), run(deviation)) for _ in range(2000)]
+        hits = sum(a["ratio_low"] <= b["ratio"] <= a["ratio_high"] for a, b in pairs) / len(pairs)
+        assert hits >= least and (deviation < bench.PRIOR or hits < 0.99)
+
+
+def test_a_sweep_that_fails_loses_nothing(tmp_path, monkeypatch, capsys):
+    from loopmdm.cli import bench as command
+
+    answers = iter([(results(row()), 0), InputError("nothing was measured")])
+
+    def sweep(root, options):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(command, "_sweep", sweep)
+    assert main(["bench", "--sweeps", "3", "--out", str(tmp_path / "r.json")]) != 0
+    assert bench.load(tmp_path / "r.json")["rows"][0]["ratio"] == 2.0
+    assert "sweep 2 is left out" in capsys.readouterr().err
+    assert main(["bench", "--sweeps", "0"]) != 0
+    assert "--sweeps is 0" in capsys.readouterr().err
+
+
 def test_compare_says_what_disagrees():
     first = results(row(), row(arm="b", ratio=1.0, low=0.9, high=1.1), row(group="h: b", ratio=3.0, low=2.9, high=3.1))
     second = results(row(ratio=2.1), row(arm="b", ratio=1.05), row(group="h: b", ratio=3.5, low=3.4, high=3.6))

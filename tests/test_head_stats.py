@@ -62,7 +62,10 @@ def same(a: HeadStats, b: HeadStats) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("rows, dim, vocab", [(1, 1, 2), (7, 33, 127), (13, 64, 128), (130, 100, 1100), (6, 31, 515)])
+@pytest.mark.parametrize(
+    "rows, dim, vocab",
+    [(1, 1, 2), (7, 33, 127), (13, 64, 128), (130, 100, 1100), (6, 31, 515), (28, 40, 300), (44, 33, 140)],
+)
 def test_numbers_against_float64(rows: int, dim: int, vocab: int, dtype: torch.dtype, impl: str) -> None:
     inputs = problem(rows, dim, vocab, dtype)
     got = head_stats(**inputs, impl=impl)

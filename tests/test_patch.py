@@ -19,11 +19,12 @@ from loopmdm.adapters import as_denoiser, families, layer
 from loopmdm.adapters.patching import is_ours, recognise
 from loopmdm.errors import InputError
 from loopmdm.model.denoiser import Denoiser
-from loopmdm.ops.linear import pack
+from loopmdm.ops.linear import Panels, pack
 
 from . import peer_layers as peers
 
 NAMES = list(peers.FAMILIES)
+WHOLE = ("mdlm", "llada", "dream")  # whose layers a CPU with bf16 products computes in one call; qwen3 norms q and k
 
 
 def some_ids(batch=4, length=8, seed=1):
@@ -317,7 +318,7 @@ def test_a_narrow_copy_calls_what_is_more_than_a_product():
 
         def forward(self, x):
             seen.append("wrapped")
-            return self.base(x)
+            return self.base(x) + 0 * self.weight[0, 0]  # reads the numbers, as a merged adapter does
 
     model.blocks[0].attn_out = Wrapped(model.blocks[0].attn_out)
     model.blocks[1].mlp[2].register_forward_hook(lambda *_: seen.append("hook"))
@@ -333,6 +334,99 @@ def test_a_narrow_copy_calls_what_is_more_than_a_product():
         assert narrow.model.blocks[0].mlp[0].weight.is_meta and not model.blocks[0].mlp[0].weight.is_meta
 
 
+def taken(monkeypatch, allowed=True):
+    """Whether each call of a packed layer was made at once; without `allowed` none is."""
+    calls, original = [], layer.through
+
+    def through(*given, **more):
+        out = original(*given, **more) if allowed else None
+        calls.append(out is not None)
+        return out
+
+    monkeypatch.setattr(layer, "through", through)
+    return calls
+
+
+@pytest.mark.skipif(not isinstance(pack(torch.zeros(1, 1).bfloat16()), Panels), reason="no bf16 products of ours here")
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("mdlm", {}),
+        ("llada", {}),
+        ("llada", {"include_qkv_bias": True}),
+        ("dream", {}),
+    ],
+    ids=str,
+)
+def test_layers_in_one_call_are_their_projections_one_by_one(name, changes, monkeypatch):
+    """No further from float64 than the projections of the same copy, with padding and with present weights."""
+    errors = {True: 0.0, False: 0.0}
+    for seed in range(3):
+        model = loopmdm.patch(peers.drawn(name, seed, **changes))
+        ids = some_ids(batch=4, length=24, seed=seed)
+        real = torch.arange(24) >= torch.tensor([0, 3, 0, 11])[:, None]
+        narrow = as_denoiser(model, dtype=torch.bfloat16)
+        with torch.no_grad():
+            exact = as_denoiser(copy.deepcopy(model).double()).hidden(ids, real)
+            for p in model.parameters():  # the packed layers are to read what the weights are then
+                p.mul_(1.25)
+            narrow.refresh()
+            scaled = as_denoiser(copy.deepcopy(model).double()).hidden(ids, real)
+            assert (scaled - exact).norm() > 0.05 * exact.norm()
+            for at_once in errors:
+                with monkeypatch.context() as patch:
+                    calls = taken(patch, at_once)
+                    got = narrow.hidden(ids, real)
+                assert calls == [at_once] * peers.LAYERS
+                errors[at_once] += float((got - scaled).norm() / scaled.norm())
+    assert errors[True] <= 1.2 * errors[False] and errors[True] < 0.06
+
+
+@pytest.mark.skipif(not isinstance(pack(torch.zeros(1, 1).bfloat16()), Panels), reason="no bf16 products of ours here")
+def test_which_layers_are_not_taken_at_once(monkeypatch):
+    """Rows by query group, norms of q and k, rotary tables in bf16, a conditioning of each sequence, dropout."""
+    ids, calls = some_ids(), taken(monkeypatch)
+    for name, packed in (("smdm", False), ("qwen3", False), ("dream", True)):
+        narrow = as_denoiser(loopmdm.patch(peers.drawn(name)), dtype=torch.bfloat16)
+        assert [m._loopmdm.packed is not None for m in narrow.modules() if is_ours(m)] == [packed] * peers.LAYERS
+    model = loopmdm.patch(peers.drawn("smdm", n_query_groups=1))
+    with torch.no_grad():
+        want = as_denoiser(model).hidden(ids)
+        assert (as_denoiser(model, dtype=torch.bfloat16).hidden(ids) - want).norm() < 0.02 * want.norm()
+        assert calls == [False] * peers.LAYERS
+        model = loopmdm.patch(peers.drawn("mdlm", dropout=0.1))
+        narrow = as_denoiser(model, dtype=torch.bfloat16, time_conditioning=True).eval()
+        one, each = torch.full((4,), 0.3), torch.tensor([0.3, 1.0, 2.0, 0.1])
+        for sigma, seen in ((one, [True] * peers.LAYERS), (each, [])):
+            calls.clear()
+            got, want = (
+                d.hidden(ids, sigma=sigma) for d in (narrow, as_denoiser(model, time_conditioning=True).eval())
+            )
+            assert calls == seen and (got - want).norm() < 0.02 * want.norm()
+        calls.clear()
+        assert (narrow.train().hidden(ids, sigma=one) - want).norm() > 0.02 * want.norm() and calls == []
+
+
+@pytest.mark.skipif(not isinstance(pack(torch.zeros(1, 1).bfloat16()), Panels), reason="no bf16 products of ours here")
+def test_held_modulation_is_folded_once(monkeypatch):
+    """The same bits with and without, one product with the conditioning a layer, and another one for another sigma."""
+    model = loopmdm.patch(peers.drawn("mdlm"))
+    narrow = as_denoiser(model, dtype=torch.bfloat16, time_conditioning=True).eval()
+    ids, calls = some_ids(), taken(monkeypatch)
+    modulated = []
+    original = layer.Around.modulated
+    monkeypatch.setattr(layer.Around, "modulated", lambda self, parts: (modulated.append(1), original(self, parts))[1])
+    with torch.no_grad():
+        want = [narrow.hidden(ids, sigma=torch.full((4,), s)) for s in (0.2, 1.5)]
+        assert len(modulated) == 2 * peers.LAYERS and (want[0] - want[1]).abs().max() > 1e-2
+        modulated.clear()
+        with narrow.held():
+            for i in (0, 0, 1, 1):
+                assert torch.equal(narrow.hidden(ids, sigma=torch.full((4,), (0.2, 1.5)[i])), want[i])
+        assert len(modulated) == 2 * peers.LAYERS
+    assert calls == [True] * 6 * peers.LAYERS
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", NAMES)
@@ -343,23 +437,35 @@ def test_rows_are_what_the_whole_pass_gives(name, padded, dtype):
     real = torch.arange(9) >= torch.tensor([0, 0, 4])[:, None] if padded else None
     rows = torch.zeros(3, 9, dtype=torch.bool)
     rows[0, [1, 2, 8]], rows[2, 8] = True, True
-    out = [m for m in denoiser.modules() if is_ours(m)][-1]._loopmdm.layout.out
-    seen = []
-    original = layer.project
+    layout = [m for m in denoiser.modules() if is_ours(m)][-1]._loopmdm.layout
+    seen, whole = [], []  # (projection, rows that it makes), and whether a layer went in one call
+    original, at_once = layer.project, layer.through
 
     def watched(module, x):
         seen.append((module, x.shape[1]))
         return original(module, x)
+
+    def together(visits, x, *rest, **more):
+        made = at_once(visits, x, *rest, **more)
+        whole.append(made is not None)
+        if made is not None:
+            (modules,), inner = (visit.modules for visit in visits), len(layout.qkv)
+            seen.extend((module, x.shape[1]) for module in modules[:inner])
+            seen.extend((module, made.shape[1]) for module in modules[inner:])
+        return made
 
     with torch.no_grad():
         want = denoiser.hidden(ids, real)
         denoiser.hidden(ids, real, rows=rows)  # asks once whether the model bears it
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layer, "project", watched)
+            patch.setattr(layer, "through", together)
             got = denoiser.hidden(ids, real, rows=rows)
     assert (got - want)[rows].norm() <= (1e-6 if dtype is None else 0.02) * want[rows].norm()
-    last = [m for m in denoiser.modules() if is_ours(m)][-1].get_submodule(out)
+    last = [m for m in denoiser.modules() if is_ours(m)][-1].get_submodule(layout.out)
     assert [n for m, n in seen if m is last] == [3] and {n for _, n in seen} == {3, 9}
+    ours = dtype is not None and isinstance(pack(torch.zeros(1, 1).bfloat16()), Panels)
+    assert whole == [True] * peers.LAYERS * (ours and name in WHOLE)
 
 
 def test_threads_and_what_happens_to_the_model_meanwhile():

@@ -1,44 +1,19 @@
 // Every launcher of layer_cpu.cpp on buffers of exactly their size, for the sanitizers. Prints a number that depends on all
 // that was written.
 #include <cstdio>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
 
+#include "buffers.h"
 #include "layer.h"
 
 using namespace loopmdm;
 
 namespace {
 
-std::mt19937 rng(1);
-uint64_t digest = 14695981039346656037u;
-
-struct Bytes {
-    std::unique_ptr<char[]> data;
-    int64_t size;
-    uintptr_t at() const { return reinterpret_cast<uintptr_t>(data.get()); }
-    void read() const {
-        for (int64_t i = 0; i < size; ++i) digest = (digest ^ static_cast<unsigned char>(data[i])) * 1099511628211u;
-    }
-};
-
-Bytes numbers(int64_t n, bool bf16) {
-    const int64_t size = bf16 ? 2 : 4;
-    Bytes b{std::unique_ptr<char[]>(new char[n * size]()), n * size};
-    for (int64_t i = 0; i < n; ++i) {
-        const float x = static_cast<float>(rng() % 2001) / 500 - 2;
-        std::memcpy(b.data.get() + i * size, reinterpret_cast<const char*>(&x) + (bf16 ? 2 : 0), size);
-    }
-    return b;
-}
-
 void attention(int64_t B, int64_t T, int64_t R, int64_t G, int64_t each, int64_t D, bool bf16, int threads) {
     const int64_t H = G * each, width = H + 2 * G;
     const Bytes qkv = numbers(B * T * width * D, bf16), q = numbers(B * R * H * D, bf16), out = numbers(B * R * H * D, bf16);
     const Bytes cos = numbers(B * T * (D / 2), false), q_cos = numbers(R * (D / 2), false);
-    Bytes mask{std::unique_ptr<char[]>(new char[B * R * T]()), B * R * T};
+    const Bytes mask = bytes(B * R * T);
     for (int64_t i = 0; i < B * R * T; ++i) mask.data[i] = rng() % 3 != 0;
     const int64_t size = bf16 ? 2 : 4, T_at = width * D;
     const bool rope = rng() % 4, masked = rng() % 2;

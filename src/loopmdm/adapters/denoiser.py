@@ -15,7 +15,7 @@ from ..model.denoiser import few, spread
 from ..model.depth import Depth, check_over
 from ..model.packed import Recast
 from .family import Family, value
-from .layer import Patched, only
+from .layer import Patched, at_once, only
 from .patching import families, is_ours, recognise, shared_of
 from .splice import layers_of, looping, loops_of
 
@@ -370,19 +370,26 @@ def _setting(config: object, *names: str) -> Any:
 def _cast(model: nn.Module, dtype: torch.dtype, head: str | tuple[str, ...]) -> Recast[nn.Module]:
     """A copy of the model whose projections are in `dtype`; everything else is the same Parameter objects."""
     head_module = _find(model, (head,) if isinstance(head, str) else head)
-    called: list[nn.Linear] = []
+    called: list[tuple[nn.Linear, int]] = []
     inner: list[nn.Linear] = []
     # what a layer itself calls may be packed, what lies inside a wrapper (LoRA) may not
     for layer in layers_of(model):
         record: Patched = layer._loopmdm  # type: ignore[assignment]
         layout = record.layout
         paths = (*layout.qkv, layout.out, *layout.up, layout.down)
+        both = layout.up if layout.activation == "swiglu" and len(layout.up) == 1 else ()  # gate and up in one
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and name != layout.modulation:
-                (called if name in paths else inner).append(module)
+                if name in paths:
+                    called.append((module, 2 if name in both else 1))
+                else:
+                    inner.append(module)
     if isinstance(head_module, nn.Linear) and not any(head_module.weight is p for p in _embeddings(model)):
         inner.append(head_module)
-    return Recast(model, called, inner, dtype)
+    made = Recast(model, called, inner, dtype)
+    for layer in layers_of(made.copy):
+        at_once(layer)
+    return made
 
 
 def _embeddings(model: nn.Module) -> list[Tensor]:

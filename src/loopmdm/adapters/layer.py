@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..model.block import Context, at
 from ..ops.activation import activation
+from ..ops.layer import Around, Form, PackedLayer, Visit, through
 from ..ops.linear import plain, project
 from ..ops.residual_norm import residual_norm
 from ..ops.rotary_attention import rope_table, rotary_attention, rotate
@@ -80,14 +81,14 @@ class Shared:
     Attributes:
         mask: bool, broadcastable to [B, 1, T, T], True where a query may look at a key; set for the length of a call.
         ignore_padding: do as a codebase does that drops its padding mask.
-        held: while weights are known to stay as they are, what modulation came to: conditioning and parts of each layer
-            by its id; None otherwise.
+        held: while weights are known to stay as they are, what modulation came to in each layer, by its id: the
+            conditioning, the six parts, what they fold into; None otherwise.
         tables: the rotary table that layers make for themselves, by (length, head_dim, base, device); the last one.
     """
 
     mask: Tensor | None = None
     ignore_padding: bool = False
-    held: dict[int, tuple[Tensor, tuple[Tensor, ...]]] | None = None
+    held: dict[int, tuple[Tensor, tuple[Tensor, ...], Around | None]] | None = None
     tables: dict[tuple[int, int, float, torch.device], Rope] = field(default_factory=dict)
 
     def table(self, length: int, head_dim: int, theta: float, device: torch.device) -> Rope:
@@ -107,12 +108,14 @@ class Patched:
 
     Attributes:
         in_place: put there by `patch`.
+        packed: its products for one call, in a copy for inference whose projections allow it.
     """
 
     family: str
     layout: Layout
     shared: Shared
     in_place: bool = False
+    packed: PackedLayer | None = None
 
 
 _ONLY: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("_ONLY", default=None)
@@ -158,48 +161,74 @@ def run(
     some = None if torch.compiler.is_compiling() else _ONLY.get()
     rows = some[1] if some is not None and some[0] is block and not (causal or per_head) else None
     context, was = Context(rope, mask), x
+    parts: tuple[Tensor, ...] = ()
+    if layout.modulation:
+        if cond is None:
+            raise InputError("this layer is modulated; its forward needs the conditioning c, [B, cond_dim]")
+        parts, around = _modulation(block, record, _one_row(cond))
+    else:
+        around = _around(block, layout)
+    if around is not None and record.packed is not None and not (p or (layout.attention_dropout and block.training)):
+        query_rope, query_mask = context.queries(rows)
+        visit = Visit(record.packed, projections(block, layout), around)
+        out = through([visit], x, rope, mask, query_rope=query_rope, query_mask=query_mask, rows=rows, causal=causal)
+        if out is not None:
+            return out
     x = x if rows is None else at(x, rows)
-    if not layout.modulation:
-        _, h = _norm(block, layout.attn_norm, layout, was)
-        x, h = _norm(block, layout.mlp_norm, layout, x, _drop(_attention(block, layout, h, context, causal, rows), p))
-        return x + _drop(_mlp(block, layout, h), p)
-    if cond is None:
-        raise InputError("this layer is modulated; its forward needs the conditioning c, [B, cond_dim]")
-    parts = _modulation(block, record, _one_row(cond))
-    if len(parts[0]) == 1:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part[0].float() for part in parts)
-        _, h = _norm(block, layout.attn_norm, layout, was, None, scale_a, shift_a)
-        branch = gate_a * _drop(_attention(block, layout, h, context, causal, rows), p)
-        x, h = _norm(block, layout.mlp_norm, layout, x, branch, scale_m, shift_m)
-        return torch.addcmul(x, gate_m, _drop(_mlp(block, layout, h), p)).to(x.dtype)
+    if around is not None:
+        a = around
+        work = _work(block, layout, was)
+        h = _norm(layout, was, None, a.attn_gain, a.attn_bias, work)[1]
+        branch = _drop(_attention(block, layout, h, context, causal, rows), p)
+        x, h = _norm(layout, x, branch if a.attn_gate is None else a.attn_gate * branch, a.mlp_gain, a.mlp_bias, work)
+        branch = _drop(_mlp(block, layout, h), p)
+        return x + branch if a.mlp_gate is None else torch.addcmul(x, a.mlp_gate, branch).to(x.dtype)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part[:, None].float() for part in parts)
+    a = _around(block, layout)
     work = _work(block, layout, was)
-    h = (_norm(block, layout.attn_norm, layout, was, wide=True)[1] * (1 + scale_a) + shift_a).to(work)
+    h = (_norm(layout, was, None, a.attn_gain, a.attn_bias, was.dtype)[1] * (1 + scale_a) + shift_a).to(work)
     branch = gate_a * _drop(_attention(block, layout, h, context, causal, rows), p)
-    x, h = _norm(block, layout.mlp_norm, layout, x, branch, wide=True)
+    x, h = _norm(layout, x, branch, a.mlp_gain, a.mlp_bias, x.dtype)
     h = (h * (1 + scale_m) + shift_m).to(work)
     return x + (gate_m * _drop(_mlp(block, layout, h), p)).to(x.dtype)
 
 
+def projections(block: nn.Module, layout: Layout) -> tuple[nn.Linear, ...]:
+    """The modules of a layer's products: qkv, out, up, down."""
+    return tuple([_at(block, path) for path in (*layout.qkv, layout.out, *layout.up, layout.down)])
+
+
+def at_once(block: Any) -> None:
+    """Let a layer whose projections are packed compute in one call what it can (`ops.layer`)."""
+    layout: Layout = block._loopmdm.layout
+    if layout.qk_norm != "none" or (layout.interleaved_qkv and layout.groups != 1):
+        return
+    form = Form(
+        layout.heads,
+        layout.groups,
+        layout.head_dim,
+        layout.activation,
+        layout.norm,
+        layout.eps,
+        layout.rope_layout,
+        layout.rope_dtype,
+    )
+    modules = projections(block, layout)
+    n = len(layout.qkv)
+    block._loopmdm.packed = PackedLayer.of_modules(form, modules[:n], modules[n], modules[n + 1 : -1], modules[-1])
+
+
+def _around(block: Any, layout: Layout) -> Around:
+    """Gains and biases of the two norms."""
+    a, m = _at(block, layout.attn_norm), _at(block, layout.mlp_norm)
+    gains = [getattr(module, name, None) for module in (a, m) for name in ("weight", "bias")]
+    return Around(gains[0], gains[1], None, gains[2], gains[3], None)
+
+
 def _norm(
-    block: Any,
-    path: str,
-    layout: Layout,
-    x: Tensor,
-    branch: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    wide: bool = False,
+    layout: Layout, x: Tensor, branch: Tensor | None, gain: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(x + branch, its norm times 1 + scale plus shift in the dtype of the products, with `wide` in x's)."""
-    module = _at(block, path)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if scale is not None:
-        gain = 1 + scale
-        bias = shift if bias is None else bias * gain + shift
-        weight = gain if weight is None else weight * gain
-    out_dtype = x.dtype if wide else _work(block, layout, x)
-    return residual_norm(x, branch, weight, bias, kind=layout.norm, eps=layout.eps, out_dtype=out_dtype)
+    return residual_norm(x, branch, gain, bias, kind=layout.norm, eps=layout.eps, out_dtype=out_dtype)
 
 
 def _attention(
@@ -270,17 +299,18 @@ def _drop(branch: Tensor, p: float) -> Tensor:
     return F.dropout(branch, p, True) if p else branch
 
 
-def _modulation(block: Any, record: Patched, cond: Tensor) -> tuple[Tensor, ...]:
-    """cond [1 or B, C] -> DiT's six parts, each [1 or B, D]."""
+def _modulation(block: Any, record: Patched, cond: Tensor) -> tuple[tuple[Tensor, ...], Around | None]:
+    """cond [1 or B, C] -> DiT's six parts, each [1 or B, D], and where it is one row what they fold into."""
     module = _at(block, record.layout.modulation)
     held = record.shared.held if cond.is_cpu and not torch.is_grad_enabled() and plain(module) else None
     before = None if held is None else held.get(id(block))
     if before is not None and torch.equal(before[0], cond):
-        return before[1]
+        return before[1:]
     parts = tuple(module(cond).chunk(6, dim=-1))
+    around = _around(block, record.layout).modulated([part[0] for part in parts]) if len(parts[0]) == 1 else None
     if held is not None:
-        held[id(block)] = (cond, parts)
-    return parts
+        held[id(block)] = (cond, parts, around)
+    return parts, around
 
 
 def _one_row(cond: Tensor) -> Tensor:

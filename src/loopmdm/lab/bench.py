@@ -44,6 +44,44 @@ def condense(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "date": raw["datetime"][:10], **shared, "rows": rows}
 
 
+PRIOR, PRIOR_WEIGHT = 0.05, 4
+"""Expected deviation of a row's log ratio from sweep to sweep (`frame.BETWEEN`), and as how many sweeps it counts."""
+
+MEANT = ("seconds", "reference_seconds", "ratio", "tokens_per_second", "flop_per_second", "share_of_matmul")
+STUDENT = {5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179}
+"""97.5% quantiles of Student's t by degrees of freedom."""
+
+
+def pooled(sweeps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several runs of the same benchmarks, minutes apart, as one: a machine's slow changes meet every row.
+
+    Times and ratios are geometric means. A ratio's interval is where 95% of such runs of as many sweeps have theirs:
+    from how much its sweeps differ, and from PRIOR, since a few sweeps can agree by chance.
+    """
+    first, *others = sweeps
+    if not others:
+        return dict(first)
+    found = [{(row["group"], row["arm"]): row for row in sweep["rows"]} for sweep in sweeps]
+    rows = []
+    for place, row in found[0].items():
+        same = [sweep[place] for sweep in found if place in sweep]
+        if len(same) < len(found):
+            continue
+        row = dict(row)
+        for name in MEANT:
+            if all(name in other for other in same):
+                row[name] = math.exp(sum(math.log(other[name]) for other in same) / len(same))
+        row["rounds"] = sum(other["rounds"] for other in same)
+        if "ratio" in row:
+            spread = sum(math.log(other["ratio"] / row["ratio"]) ** 2 for other in same)
+            freedom = PRIOR_WEIGHT + len(same) - 1
+            deviation = math.sqrt((PRIOR_WEIGHT * PRIOR**2 + spread) / freedom)
+            reach = math.exp(STUDENT.get(freedom, 2.15) * deviation * math.sqrt(2 / len(same)))
+            row |= {"ratio_low": row["ratio"] / reach, "ratio_high": row["ratio"] * reach}
+        rows.append(row)
+    return {**first, "sweeps": len(sweeps), "rows": rows}
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """A results file; InputError if it is none."""
     path = Path(path)

@@ -7,6 +7,7 @@ Shapes: B sequences, T tokens, D hidden, H query heads, G key/value heads, C con
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -171,6 +172,24 @@ class Block(nn.Module):
 
     def _drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+
+
+def through(
+    layers: Sequence[nn.Module] | nn.ModuleList, x: Tensor, context: Context, rows: Tensor | None = None
+) -> Tensor:
+    """x [B, T, D] through the layers in turn; with rows, int64 [B, R], the last one's output is [B, R, D].
+
+    Layers of a class with a `together` (`model.packed`) may go through in one call.
+    """
+    together = getattr(layers[0], "together", None) if len(layers) else None
+    out = None if together is None else together(layers, x, context, rows)
+    if out is not None:
+        return out
+    for layer in layers[: len(layers) - 1]:
+        x = layer(x, context)
+    for layer in layers[len(layers) - 1 :]:
+        x = layer(x, context) if rows is None else layer(x, context, rows)
+    return x
 
 
 def at(x: Tensor, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ logits = head(coda(h))               layers [a+n, L)
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from typing import Any, Self
 
 import torch
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from ..config import ModelConfig, preset
 from ..errors import InputError
 from ..ops.rotary_attention import rope_table
-from .block import Block, Context, Norm, modulate
+from .block import Block, Context, Norm, modulate, through
 from .checkpoint import Checkpoint
 from .denoiser import few, spread, suppress
 from .depth import Depth, check_over, planned
 from .flops import forward_flops
 from .fused import Fused
 from .loop import Anchored, Boundary, LoopedBlock
-from .packed import PACKED, Packed, Recast
+from .packed import PACKED, Packed, Recast, at_once
 
 
 class Output:
@@ -165,8 +166,7 @@ class LoopMDM(Checkpoint):
             x = x + self.position_embed(positions)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        for layer in self.prelude:
-            x = layer(x, context)
+        x = through(self.prelude, x, context)
         x = self.loop(x, depth if isinstance(num_loops, (Depth, Tensor)) else loops, context)
         if depth.every:
             depth.outputs = [
@@ -193,13 +193,13 @@ class LoopMDM(Checkpoint):
         rows: int64 [B, R], where they will be read.
         """
         tokens = x.shape[1]
-        for layer in self.coda:
-            if isinstance(layer, LoopedBlock):
+        for looped, run in groupby(self.coda, lambda layer: isinstance(layer, LoopedBlock)):
+            layers = list(run)
+            if not looped:
+                x = through(layers, x, context, rows if layers[-1] is self.coda[-1] else None)
+                continue
+            for layer in layers:
                 x = layer(x, Depth(loops, checkpoint=depth.checkpoint), context)
-            elif rows is not None and layer is self.coda[-1]:
-                x = layer(x, context, rows)
-            else:
-                x = layer(x, context)
         x = self._final(x, context)
         if rows is not None and x.shape[1] < tokens:
             x = spread(x, rows, tokens)
@@ -228,11 +228,16 @@ class LoopMDM(Checkpoint):
             dtype: of the layers' projections and the head, such as `torch.bfloat16`; None keeps this model's. Norms,
                 embeddings and a head that is tied to them keep theirs.
         """
+        gated = 2 if self.config.gated else 1
         projections = (
-            m for layer in self.layers for m in (layer.attn.qkv, layer.attn.out, layer.mlp.up, layer.mlp.down)
+            (m, gated if m is layer.mlp.up else 1)
+            for layer in self.layers
+            for m in (layer.attn.qkv, layer.attn.out, layer.mlp.up, layer.mlp.down)
         )
         head = () if self.config.tie_word_embeddings else (self.lm_head,)
-        return Recast(self, projections, head, dtype).copy
+        made = Recast(self, projections, head, dtype).copy
+        at_once(made.layers)
+        return made
 
     def relooped(
         self,

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ModelConfig
 from ..ops.residual_norm import residual_norm
 from ..ops.rotary_attention import rope_table
-from .block import Block, Context
+from .block import Block, Context, through
 from .depth import Depth, apart, planned, stops
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ class LoopedBlock(nn.Module):
     def _together(self, x: Tensor, loops: int, context: Context, depth: Depth) -> Tensor:
         """Every sequence makes the same visits."""
         x0, cut = x, max(0, loops - (depth.backprop_loops or loops))
+        if self.boundary is None and not (cut or depth.every or depth.checkpoint):
+            return through([*self.layers] * loops, x, context)
         for k in range(1, loops + 1):
             with torch.no_grad() if k <= cut else nullcontext():
                 x = self._visit(x, x0, k, context, depth.checkpoint)
@@ -126,9 +128,7 @@ class LoopedBlock(nn.Module):
             return checkpoint(self._visit, x, x0, k, context, use_reentrant=False)
         if k > 1 and self.boundary is not None:
             x = self.boundary(x, x0, k)
-        for layer in self.layers:
-            x = layer(x, context)
-        return x
+        return through(self.layers, x, context)
 
     def _default_context(self, x: Tensor) -> Context:
         config, rope, cond = self.config, None, None

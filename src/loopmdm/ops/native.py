@@ -22,6 +22,31 @@ def level_below_4() -> int:
     return 0 if built is None else max(0, 4 - built.cpu_level())
 
 
+@tuned.constant_in_graphs
+def multiplies_bf16() -> bool:
+    """Whether the C++ products of packed bf16 weights run here: AVX-512 with its bf16 products."""
+    built = extension()
+    return built is not None and built.cpu_level() >= 5
+
+
+@tuned.constant_in_graphs
+def multiplies_matrices() -> bool:
+    """Whether the processor has units for whole matrices of bf16 (Intel's AMX), which oneDNN uses and we do not."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "amx_bf16" in file.read()
+    except OSError:
+        return False
+
+
+def on_huge_pages(made: Tensor) -> Tensor:
+    """A tensor just made and not yet written, on pages of 2 MiB where the system has some."""
+    built = extension()
+    if built is not None and made.is_cpu:
+        built.huge_pages(made.data_ptr(), made.nbytes)
+    return made
+
+
 def forward_gradients() -> bool:
     """Whether forward-mode differentiation is on: a tensor may have a tangent without `requires_grad`."""
     return torch.autograd.forward_ad._current_level >= 0

@@ -212,24 +212,43 @@ def _cpp(
     (B, R, H, hd), (T, G) = q.shape, k.shape[1:3]
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     out = q.new_empty(B, R, H * hd)
-    cos, sin, q_cos, q_sin = (t.contiguous() for t in (*rope, *query_rope)) if rope and query_rope else (None,) * 4
-    each = [0 if t is None or t.ndim == 2 or len(t) == 1 else t.stride(0) for t in (cos, q_cos)]
-    mask_at = (0, 0)
-    if mask is not None:
-        if mask.shape[-1] != T or mask.stride(-1) != 1:
-            mask = mask.expand(*mask.shape[:-1], T).contiguous()
-        mask = mask.expand(B, 1, R, T)
-        mask_at = (mask.stride(0), mask.stride(2))
-    tensors = (q, k, v, out, cos, sin, q_cos, q_sin, mask)
+    between = Between(rope, query_rope, mask, (B, R, T))
     extension().rotary_attention_cpu(
-        [0 if t is None else t.data_ptr() for t in tensors],
+        (*(t.data_ptr() for t in (q, k, v, out)), *between.pointers),
         (B, R, T, H, G, hd),
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        (*each, *mask_at),
+        between.strides,
         (q.dtype == torch.bfloat16, layout == "interleaved", rope_dtype == "input", causal),
         torch.get_num_threads(),
     )
     return out
+
+
+class Between:
+    """Rotary tables and mask as C++ reads them.
+
+    Attributes:
+        pointers: of cos, sin, the queries' cos and sin, and the mask; 0 where there is none.
+        strides: from one sequence's table of keys to the next one's, of queries, and of the mask's sequences and rows.
+    """
+
+    def __init__(
+        self, rope: Rope | None, query_rope: Rope | None, mask: Tensor | None, sizes: tuple[int, int, int]
+    ) -> None:
+        B, R, T = sizes
+        tables: tuple[Tensor | None, ...] = (None,) * 4
+        if rope is not None and query_rope is not None:
+            tables = tuple([t if t.is_contiguous() else t.contiguous() for t in (*rope, *query_rope)])
+        each = [0 if t is None or t.ndim == 2 or len(t) == 1 else t.stride(0) for t in (tables[0], tables[2])]
+        at = (0, 0)
+        if mask is not None:
+            if mask.shape[-1] != T or mask.stride(-1) != 1:
+                mask = mask.expand(*mask.shape[:-1], T).contiguous()
+            mask = mask.expand(B, 1, R, T)
+            at = (mask.stride(0), mask.stride(2))
+        self._held = (*tables, mask)
+        self.pointers = tuple([0 if t is None else t.data_ptr() for t in self._held])
+        self.strides = (*each, *at)
 
 
 def _packed(
