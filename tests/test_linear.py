@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from loopmdm.errors import InputError
+from loopmdm.kernels import tuned
 from loopmdm.ops import linear as ops_linear
 from loopmdm.ops import native
 from loopmdm.ops.linear import Panels, linear, pack, plain, project
@@ -261,3 +262,19 @@ def test_compiles() -> None:
     torch._dynamo.reset()  # other tests compiled it too, and there is a limit to how often
     compiled = torch.compile(linear, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, w, b), F.linear(x, w, b))
+
+
+def test_auto_lays_out_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for "cpp" is about its product, not about laying out the weight in each call."""
+    if not native.multiplies_bf16():
+        pytest.skip("no bf16 products here")
+    row = tuned.Row("linear", "cpp", "cpu", "bfloat16", {}, {}, "measured: x")
+    monkeypatch.setattr(tuned, "best", lambda *_, but=(), **__: None if "cpp" in but else row)
+    x, w, b = problem(4, 64, 64, BF16)
+    assert torch.equal(linear(x, w, b), F.linear(x, w, b))
+    calls: list[int] = []
+    monkeypatch.setattr(ops_linear, "pack", lambda *_, **__: calls.append(1) or pack(w, impl="cpp"))
+    linear(x, w, b)
+    assert not calls
+    linear(x, w, b, impl="cpp")
+    assert calls

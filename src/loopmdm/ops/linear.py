@@ -69,7 +69,13 @@ def linear(
         if _refuses("onednn", x, weight, bias) or native.watched(x, weight, bias):
             return F.linear(x, weight, bias)
     work = x.numel() * len(weight)
-    chosen = OP.choose(impl, x.device, x.dtype, lambda name: _refuses(name, x, weight, bias), work=work).impl
+
+    def refuses(name: str) -> str | None:
+        if (impl, name) == ("auto", "cpp"):
+            return "it would lay out the weight in each call"
+        return _refuses(name, x, weight, bias)
+
+    chosen = OP.choose(impl, x.device, x.dtype, refuses, work=work).impl
     if chosen == "cpp":
         made = pack(weight, impl="cpp")
         assert isinstance(made, Panels)
