@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from loopmdm.kernels import tuned
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from loopmdm.errors import InputError
-from loopmdm.kernels import tuned
 from loopmdm.ops import linear as ops_linear
 from loopmdm.ops import native
 from loopmdm.ops.linear import Panels, linear, pack, plain, project
