@@ -24,11 +24,10 @@ from .frame import CUDA, DEVICE, Run, race, within
 pytestmark = pytest.mark.skipif(
     CUDA or not native.multiplies_bf16(), reason="impl=cpp needs a CPU with AVX-512's bf16 products"
 )
-# form, hidden, biases and gates, batch: the layers of loopmdm-llama at d 512 and of loopmdm-dit at d 768
+# form, hidden, biases and gates: the layers of loopmdm-llama at d 512 and of loopmdm-dit at d 768
 CASES = {
-    "llama, d 512": (Form(8, 8, 64), 1344, False, 1),
-    "llama, d 512, batch 4": (Form(8, 8, 64), 1344, False, 4),
-    "dit, d 768": (Form(12, 12, 64, "gelu_tanh", "layernorm"), 3072, True, 1),
+    "llama, d 512": (Form(8, 8, 64), 1344, False),
+    "dit, d 768": (Form(12, 12, 64, "gelu_tanh", "layernorm"), 3072, True),
 }
 TOKENS = 256
 
@@ -36,10 +35,10 @@ TOKENS = 256
 @pytest.mark.parametrize("impl", OP.impls)
 @pytest.mark.parametrize("case", CASES)
 def test_layer(benchmark: Any, case: str, impl: str) -> None:
-    form, hidden, dit, batch = CASES[case]
+    form, hidden, dit = CASES[case]
     benchmark.group = f"layer, {case}, L {TOKENS}, bfloat16"
     benchmark.name = impl
-    size = {"rows": batch * TOKENS, "batch": batch, "form": form, "hidden": hidden, "biased": dit, "gated": dit}
+    size = {"rows": TOKENS, "form": form, "hidden": hidden, "biased": dit, "gated": dit}
     problems = [_problem(DEVICE, torch.bfloat16, torch.Generator().manual_seed(seed), **size) for seed in range(8)]
     for problem in problems:
         problem["packed"] = PackedLayer.of(problem["weights"], form)
@@ -65,6 +64,6 @@ def test_layer(benchmark: Any, case: str, impl: str) -> None:
         [problem["x"] for problem in problems[:2]],
         within(OP.tolerance[torch.bfloat16]),
         dtype=torch.bfloat16,
-        tokens=batch * TOKENS,
-        flops=batch * (2.0 * TOKENS * products + 4.0 * TOKENS**2 * inner),
+        tokens=TOKENS,
+        flops=2.0 * TOKENS * products + 4.0 * TOKENS**2 * inner,
     )
