@@ -109,8 +109,8 @@ const uint32_t* panel_at(const Product& p, int64_t col, int64_t depth) {  // of 
 struct Pass {
     const LayerVisit& visit;
     const LayerWeights& w;
-    const char* x;   // the stream [batch][tokens][dim]
-    char* to;        // [batch][rows][dim]
+    const char* x;           // the stream [batch][tokens][dim]
+    char* to;                // [batch][rows][dim]
     const int64_t* rows_at;  // null: all
     const RotaryAttention& a;
     bool is_bf16;

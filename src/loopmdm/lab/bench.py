@@ -44,7 +44,7 @@ def condense(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "date": raw["datetime"][:10], **shared, "rows": rows}
 
 
-PRIOR, PRIOR_WEIGHT = 0.05, 4
+PRIOR, PRIOR_WEIGHT = 0.07, 4
 """Expected deviation of a row's log ratio from sweep to sweep (`frame.BETWEEN`), and as how many sweeps it counts."""
 
 MEANT = ("seconds", "reference_seconds", "ratio", "tokens_per_second", "flop_per_second", "share_of_matmul")
