@@ -17,12 +17,13 @@ from .frame import CUDA, DEVICE, race, within
 pytestmark = pytest.mark.skipif(CUDA, reason="impl=cpp runs on a CPU")
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("impl", OP.impls)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("act", CPP)
 @pytest.mark.parametrize("rows, dim", [(256, 1408), (256, 3072)])
 def test_activation(benchmark: Any, rows: int, dim: int, act: str, dtype: torch.dtype, impl: str) -> None:
-    benchmark.group = f"activation, {act}, {str(dtype).removeprefix('torch.')}: {rows} rows, {dim}"
+    benchmark.group = f"activation, {act}, {str(dtype).removeprefix('torch.')}, one thread: {rows} rows, {dim}"
     benchmark.name = impl
     width = dim * (2 if act == "swiglu" else 1)
     inputs = [torch.randn(rows, width, generator=torch.Generator().manual_seed(s)).to(DEVICE, dtype) for s in range(4)]
