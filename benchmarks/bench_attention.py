@@ -9,7 +9,6 @@ only. FLOPs are those of the ranges that queries look at: an arm that computes w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,15 +35,7 @@ GPU_SHAPES = [
     (4, 4096, 16, 16, 128),
 ]
 SHAPES = GPU_SHAPES if CUDA else [(36, 64, 4, 4, 16), (2, 256, 12, 12, 64)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a shared machine a second thread measures the wait for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def eager(qkv: Tensor, heads: int, groups: int, spans: Spans | None) -> Tensor:

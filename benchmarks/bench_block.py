@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loopmdm.model.lm import LoopMDM
 
-from .frame import CUDA, DEVICE, Run, race, synchronised
+from .frame import CUDA, DEVICE, Run, compiled, race, synchronised
 from .reference import Reference
 from .sizes import block_config, drawn
 
@@ -79,14 +79,14 @@ def arm(name: str, model: LoopMDM, plain: Reference, loops: int, example: Tensor
 
 def whole(plain: Reference, loops: int, example: Tensor) -> Run:
     """All visits in one graph."""
-    compiled = torch.compile(plain.hidden, mode="max-autotune" if CUDA else None, dynamic=False)
-    return lambda ids: compiled(ids, loops)
+    run = compiled(plain.hidden, mode="max-autotune" if CUDA else None)
+    return lambda ids: run(ids, loops)
 
 
 def by_layer(plain: Reference, loops: int, example: Tensor) -> Run:
     """Each layer its own graph, whatever S; on CUDA all launches are then captured as one."""
     for layer in plain.layers:
-        layer.compile(mode="max-autotune-no-cudagraphs" if CUDA else None, dynamic=False)
+        layer.forward = compiled(layer.forward, mode="max-autotune-no-cudagraphs" if CUDA else None)
 
     def run(ids: Tensor) -> Tensor:
         return plain.hidden(ids, loops)
@@ -126,7 +126,7 @@ def captured(run: Run, example: Tensor) -> Run:
     return replay
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def models(size: str, loops: int) -> tuple[LoopMDM, Reference]:
     model = copy.deepcopy(drawn(block_config(size, loops=loops), DEVICE)).to(DTYPE)
     return model, Reference(model)

@@ -25,7 +25,7 @@ LAYERS = 2
 SIZES = ["tiny-llama", "paper-170m", *(["llama-1024"] if CUDA else [])]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def models(size: str, loops: int) -> tuple[LoopMDM, LoopMDM]:
     """(looped, unlooped): the second has a copy of its own of the layers of each visit."""
     looped = copy.deepcopy(drawn(block_config(size, LAYERS, loops), DEVICE)).to(DTYPE)

@@ -13,9 +13,9 @@ count what others take.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,11 +28,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopmdm.ops.contract import extension
-from loopmdm.ops.head_stats import head_stats
+from loopmdm.lab.evidence import processor
+from loopmdm.ops.head_stats import OP, head_stats
+
+from .frame import CUDA, DEVICE, race
 
 LENGTH, DIM, VOCAB = 256, 512, 50258
-MASKED = torch.arange(0, LENGTH, 2)
+MASKED = torch.arange(0, LENGTH, 2, device=DEVICE)
+FUSED = "triton" if CUDA else "cpp"
 ROUNDS = 1 + int(os.environ.get("LOOPMDM_ROUNDS", 5))  # the first is not counted
 Arms = dict[str, Callable[[], Any]]
 
@@ -40,7 +43,7 @@ Arms = dict[str, Callable[[], Any]]
 def problem(vocab: int = VOCAB) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(LENGTH, DIM, generator=rng), torch.randn(vocab, DIM, generator=rng) * 3 / DIM**0.5
-    return {"hidden": hidden, "weight": weight}
+    return {"hidden": hidden.to(DEVICE), "weight": weight.to(DEVICE)}
 
 
 def llada(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -56,9 +59,10 @@ def llada(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, T
     return token, confidence
 
 
+@functools.cache
 def arms(temperature: float, vocab: int = VOCAB) -> Arms:
     given = problem(vocab)
-    seeds = torch.full((len(MASKED),), 7)
+    seeds = torch.full((len(MASKED),), 7, device=DEVICE)
 
     def ours(dtype: torch.dtype, impl: str) -> Callable[[], Any]:
         hidden, weight = (t.to(dtype) for t in given.values())
@@ -71,8 +75,8 @@ def arms(temperature: float, vocab: int = VOCAB) -> Arms:
         return run
 
     made: Arms = {"llada": lambda: llada(**given, temperature=temperature), "torch": ours(torch.float32, "torch")}
-    if extension() is not None:
-        made |= {"fp32": ours(torch.float32, "cpp"), "bf16": ours(torch.bfloat16, "cpp")}
+    if OP.unavailable(FUSED, DEVICE) is None:
+        made |= {"fp32": ours(torch.float32, FUSED), "bf16": ours(torch.bfloat16, FUSED)}
     return made
 
 
@@ -93,10 +97,19 @@ def agree(found: Arms) -> None:
 def test_head_stats(benchmark: Any, arm: str, temperature: float) -> None:
     found = arms(temperature)
     if arm not in found:
-        pytest.skip("loopmdm._C is not built")
-    agree(arms(0.0, 5000))
-    benchmark.group = f"head_stats T={temperature}"
-    benchmark.pedantic(found[arm], rounds=5, warmup_rounds=1)
+        pytest.skip(OP.unavailable(FUSED, DEVICE) or "")
+    benchmark.group = f"head_stats: V {VOCAB}, {LENGTH} rows, half masked, d {DIM}, T = {temperature:g}"
+    benchmark.name = arm
+    race(
+        benchmark,
+        lambda _: found[arm](),
+        None if arm == "llada" else lambda _: found["llada"](),
+        [None],
+        lambda got, want: agree(arms(0.0, 5000)),
+        dtype=torch.bfloat16 if arm == "bf16" else torch.float32,
+        tokens=len(MASKED),
+        flops=2.0 * DIM * VOCAB * (LENGTH if arm == "llada" else len(MASKED)),
+    )
 
 
 def test_interleaved() -> None:
@@ -112,7 +125,7 @@ def test_interleaved() -> None:
         print(row)
     folder = os.environ.get("LOOPMDM_RESULTS")
     if folder:
-        machine = {"cpu": _cpu(), "cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
+        machine = {"cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
         unit = "ms, medians of interleaved rounds; ratios are medians round by round, llada / arm; MB beyond the start"
         text = ",\n".join("  " + json.dumps(row) for row in results)
         head = json.dumps({"op": "head_stats", "machine": machine, "unit": unit})[:-1]
@@ -121,8 +134,7 @@ def test_interleaved() -> None:
 
 def line(temperature: float, threads: int, rounds: int = ROUNDS, peaks: bool = True) -> dict[str, Any]:
     clock = time.process_time if threads == 1 else time.perf_counter
-    found = arms(temperature)
-    found.pop("torch")
+    found = {name: run for name, run in arms(temperature).items() if name != "torch"}
     taken: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
         for name, run in found.items():
@@ -148,8 +160,8 @@ def _over(a: float, b: float) -> float:
 
 def peak(arm: str, temperature: float, threads: int) -> float:
     """MB by which a process grows at most while it runs an arm once; a small problem has warmed it."""
-    code = f"import bench_head_stats as b; print(b.grown({arm!r}, {temperature}, {threads}))"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    code = f"from benchmarks import bench_head_stats as b; print(b.grown({arm!r}, {temperature}, {threads}))"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
     )
@@ -170,9 +182,3 @@ def grown(arm: str, temperature: float, threads: int) -> float:
 def _status(name: str) -> int:
     (entry,) = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(name)]
     return int(entry.split()[1])
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [text.split(":")[1].strip() for text in info.read_text().splitlines() if text.startswith("model name")]
-    return names[0] if names else platform.machine()

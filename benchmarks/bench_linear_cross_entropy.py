@@ -149,7 +149,6 @@ def test_linear_cross_entropy(benchmark: Any, size: tuple[int, int, int], name: 
         [problem],
         within(CLOSE[DTYPE] * (10 if name in LIBRARIES else 1)),
         dtype=DTYPE,
-        rounds=None if CUDA or positions < 1000 else 3,
         tokens=positions // 2,
         flops=3.0 * 2 * positions // (1 if name == PEERS[0] else 2) * dim * vocab,
     )

@@ -8,7 +8,7 @@ fused kernel (CUDA only); "cpp", the same on a CPU, forward alone. `bytes` is wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,15 +25,7 @@ CPU_ONLY = pytest.mark.skipif(CUDA, reason="impl=cpp runs on a CPU")
 OUT = torch.bfloat16 if CUDA else torch.float32
 NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="impl=triton needs a CUDA device")
 ARMS = ["eager", "torch", pytest.param("triton", marks=NEEDS_CUDA), pytest.param("cpp", marks=CPU_ONLY)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a shared machine a second thread measures the wait for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:

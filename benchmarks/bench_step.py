@@ -23,7 +23,7 @@ from torch import Tensor
 
 import loopmdm
 
-from .frame import CUDA, DEVICE, Run, race
+from .frame import CUDA, DEVICE, Run, compiled, race
 from .reference import gumbel_argmax
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -41,7 +41,7 @@ ARMS = {  # dtype, temperatures
 Problem = tuple[Tensor, Tensor]  # hidden [B, T, D], tokens [B, T]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def head(vocab: int) -> Tensor:
     """A direction for each id; hidden states lie near one of them each, so that no row's two best ids are close."""
     rng = torch.Generator().manual_seed(0)
@@ -111,10 +111,10 @@ def arm(name: str, weight: Tensor, temperature: float) -> Run:
     if name == "reference":
         return functools.partial(reference, weight, temperature)
     if name == "compile":
-        return torch.compile(functools.partial(reference, weight, temperature), dynamic=False)
+        return compiled(functools.partial(reference, weight, temperature))
     if name.startswith("loopmdm"):
         return functools.partial(ours, weight, temperature)
-    fused = torch.compile(softmax_argmax, dynamic=False) if name == "fused softmax" else None
+    fused = compiled(softmax_argmax) if name == "fused softmax" else None
     return functools.partial(masked_rows, weight, temperature, fused)
 
 
@@ -155,7 +155,6 @@ def test_step(benchmark: Any, name: str, temperature: float, vocab: int, batch: 
         problems(vocab, batch),
         None,
         dtype=ARMS[name][0],
-        rounds=None if vocab < 100_000 or CUDA else 3,
         tokens=batch * (LENGTH // SHARE),
         flops=2.0 * vocab * WIDTH * (rows if name in ("reference", "compile") else rows // 2),
     )

@@ -1,9 +1,30 @@
-"""What benchmarks of small ops share."""
+"""When the benchmarks are timed, and what those of small ops share."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
+
+from .frame import keep_memory, measure
+
+keep_memory()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
+    """After the tests, which set up and check, time all of it."""
+    done = yield
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+
+    def say(line: str) -> None:
+        terminal.ensure_newline()
+        terminal.write_line(line)
+
+    measure(say)
+    return done
 
 
 @pytest.fixture

@@ -2,14 +2,16 @@
 
     race(benchmark, arm, reference, inputs, agree, tokens=..., flops=...)
 
-A round of the reference comes before each round of the arm, on the same input, so that what slows the machine slows
-both; the ratio is the median over these pairs. Rounds of one burst share the machine's state, so their spread says too
-little of what another run would give: medians of the same row, seconds or minutes apart, differ by BETWEEN beyond it.
-The interval is where 95% of repeated runs should find their ratio (`repeated`).
+A test says what is to be timed and checks it; `conftest.py` calls `measure` when all have. It goes through the groups
+SWEEPS times, so that a row's rounds lie minutes apart and what slows the machine for a while meets all rows alike. In a
+round of a group the reference and every arm run once, on the same input and in turns. A sweep's ratio is the median
+over its rounds, a row's ratio the geometric mean over sweeps; how far the sweeps differ says what another run would
+give (`repeated`). On CUDA, where all that was set up may not fit in memory at once, each row is timed in its own test.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
@@ -17,27 +19,158 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from loopmdm.errors import InputError
 from loopmdm.lab import evidence
-from loopmdm.lab.tune import L2, interval
+from loopmdm.lab.tune import L2
 from loopmdm.ops.contract import relative
+from loopmdm.ops.linear import linear, pack
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 OURS = "cuda" if CUDA else "cpp"
 THREADS = torch.get_num_threads()
-ROUNDS = int(os.environ.get("LOOPMDM_ROUNDS", 20 if CUDA else 5))
-SHORT, MOST = 0.4, 100
+SWEEPS = int(os.environ.get("LOOPMDM_SWEEPS", 3 if CUDA else 5))
 WARMUP = 5 if CUDA else 1
-
-BETWEEN = 0.07
-"""Standard deviation of a row's log ratio from run to run beyond that of its rounds: that of 138 rows on two cores."""
+LEAST, MOST, SHORT = 7 if CUDA else 1, 40, 0.12
+"""Rounds of a group in a sweep: as many as fit in SHORT seconds an arm, and within these bounds."""
+COLD = 1.0
+"""Seconds of a round up to which a sweep begins with one that is not timed: longer ones fill the caches themselves."""
 
 Run = Callable[[Any], Any]
+
+
+@functools.cache
+def keep_memory() -> str:
+    """Let glibc's malloc keep what is freed, and say what malloc does.
+
+    As it comes, each tensor above 32 MiB is mapped anew and its pages are cleared at their first touch. That took up to
+    half of the reference's time, twice as much in some minutes as in others, and another allocator takes none of it.
+    LOOPMDM_MALLOC=default leaves malloc as it is.
+    """
+    if CUDA or os.environ.get("LOOPMDM_MALLOC") == "default":
+        return "default"
+    mmap_max, trim_threshold = -4, -1  # glibc's malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    kept = mallopt is not None and mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)
+    return "memory kept" if kept else "default"
+
+
+@dataclass
+class Timed:
+    """What is run on which inputs. `seconds`: of each round, by sweep; `first`: of a call before any."""
+
+    run: Run
+    inputs: Sequence[Any]
+    fresh: Run
+    gradients: bool
+    first: float = 0.0
+    seconds: list[list[float]] = field(default_factory=list)
+
+    @property
+    def taken(self) -> float:
+        return statistics.median(self.seconds[-1]) if self.seconds else self.first
+
+    def once(self, n: int) -> float:
+        given = self.fresh(self.inputs[n % len(self.inputs)])
+        with torch.set_grad_enabled(self.gradients):
+            started = time.perf_counter()
+            self.run(given)
+            return time.perf_counter() - started
+
+
+@dataclass
+class Arm:
+    """A row: its fixture, and what it is timed against unless it is the reference itself."""
+
+    benchmark: Any
+    timed: Timed
+    rival: Timed | None
+    dtype: torch.dtype
+    tokens: int
+    flops: float
+
+    def ratios(self) -> list[float]:
+        """Times faster than the rival, of each sweep."""
+        assert self.rival is not None
+        sweeps = zip(self.rival.seconds, self.timed.seconds, strict=True)
+        return [statistics.median(a / b for a, b in zip(*sweep, strict=True)) for sweep in sweeps]
+
+    def report(self) -> None:
+        """Give what was timed to pytest-benchmark, in place of the call that its test made."""
+        seconds = [second for sweep in self.timed.seconds for second in sweep]
+        self.benchmark.stats.stats.data[:] = seconds
+        median = statistics.median(seconds)
+        info: dict[str, Any] = {"sweeps": len(self.timed.seconds)}
+        if self.tokens:
+            info["tokens_per_second"] = self.tokens / median
+        if self.flops:
+            rate = self.flops / median
+            info |= {"flops": self.flops, "flop_per_second": rate, "share_of_matmul": rate / peak(self.dtype)}
+        if self.rival is not None:
+            ratios = self.ratios()
+            info["ratio"] = statistics.geometric_mean(ratios)
+            info["ratio_low"], info["ratio_high"] = repeated(ratios)
+            info["ratios"] = [float(f"{ratio:.4g}") for ratio in ratios]
+            info["reference_seconds"] = statistics.median(itertools.chain(*self.rival.seconds))
+        self.benchmark.extra_info.update(info)
+
+
+@dataclass
+class Group:
+    """Rows with one reference, or with one for each kind that their arms name."""
+
+    threads: int
+    rivals: dict[str, Timed] = field(default_factory=dict)
+    arms: list[Arm] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[Timed]:
+        return list({id(t): t for arm in self.arms for t in (arm.rival, arm.timed) if t is not None}.values())
+
+    def sweep(self, say: Callable[[str], None]) -> None:
+        """The rounds of one sweep. What fails is left out with one line, as is what was timed against it."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            while self.arms and (failed := self._sweep()):
+                for arm in [arm for arm in self.arms if failed[0] in (arm.timed, arm.rival)]:
+                    say(f"not timed: {arm.benchmark.group}, {arm.benchmark.name}: {failed[1]}")
+                    arm.benchmark.has_error = True
+                    self.arms.remove(arm)
+        finally:
+            torch.set_num_threads(before)
+
+    def _sweep(self) -> tuple[Timed, Exception] | None:
+        """Time all members, or none of them and what failed."""
+        members = self.members
+        found: list[list[float]] = [[] for _ in members]
+        whole = sum(member.taken for member in members)
+        rounds = ROUNDS or max(LEAST, min(MOST, int(SHORT * len(members) / whole)))
+        for n in range(-1 if whole < COLD else 0, rounds):
+            for turn in range(len(members)):
+                place = (turn + n) % len(members)
+                try:
+                    taken = members[place].once(n)
+                except Exception as error:  # such as memory that is not there: the others are still worth timing
+                    return members[place], error
+                if n >= 0:
+                    found[place].append(taken)
+        for member, seconds in zip(members, found, strict=True):
+            member.seconds.append(seconds)
+        return None
+
+
+ROUNDS = int(os.environ.get("LOOPMDM_ROUNDS", 0))
+"""Rounds of each sweep instead of what LEAST, MOST and SHORT say; 0 is those."""
+
+GROUPS: dict[str, Group] = {}
+"""What was set up and is not measured yet."""
 
 
 def race(
@@ -48,80 +181,84 @@ def race(
     agree: Callable[[Any, Any], None] | None,
     *,
     dtype: torch.dtype = torch.float32,
-    rounds: int | None = None,
-    warmup: int = WARMUP,
     tokens: int = 0,
     flops: float = 0.0,
     memory: bool = True,
     fresh: Run | None = None,
+    against: str = "",
     **facts: Any,
 ) -> None:
-    """Time `run` on `inputs` in turn, against `reference` unless that is None (the reference's own row).
+    """Set up for `measure`: `run` on `inputs` in turn, against `reference` or, if that is None, as the reference.
 
     Args:
         agree: called with both results on the first input before anything is timed; raises where they differ.
-        rounds: timed ones; None is ROUNDS, or as many as fit in SHORT seconds, at most MOST. The variable
-            LOOPMDM_ROUNDS sets them all, also instead of a number given here.
-        warmup: untimed rounds before, of which the first is the one that `agree` sees.
         fresh: makes of an input what is given to each call, before the clock starts: for what writes in place.
+        against: which reference that is, where a group has several.
         tokens, flops: of one round; what is generated, not what is given.
         memory: note the peak of what one round allocates; on a CPU by torch's own count.
         facts: further entries of the row (`nfe`, `loops`).
     """
-    run, reference = synchronised(run), None if reference is None else synchronised(reference)
-    fresh = fresh or (lambda x: x)
-    turn, rival = itertools.cycle(inputs), []
-    for n in range(max(1, warmup)):
-        started, x = time.perf_counter(), inputs[n % len(inputs)]
-        got, want = run(fresh(x)), None if reference is None else reference(fresh(x))
-        taken = time.perf_counter() - started
-        if n == 0 and reference is not None and agree is not None:
-            agree(got, want)
-        del got, want
-
-    def setup() -> tuple[tuple[Any], dict[str, Any]]:
-        x = next(turn)
-        if reference is not None:
-            given = fresh(x)
-            started = time.perf_counter()
-            reference(given)
-            rival.append(time.perf_counter() - started)
-        return (fresh(x),), {}
-
-    if "LOOPMDM_ROUNDS" in os.environ:
-        rounds = ROUNDS
-    elif rounds is None:
-        rounds = max(ROUNDS, min(MOST, int(SHORT / taken)))
-    benchmark.pedantic(run, setup=setup, rounds=rounds)
+    runs = [synchronised(run)] if reference is None else [synchronised(run), synchronised(reference)]
+    fresh, gradients = fresh or (lambda x: x), torch.is_grad_enabled()
+    found, results = [Timed(one, inputs, fresh, gradients) for one in runs], []
+    for timed in found:
+        given, started = fresh(inputs[0]), time.perf_counter()
+        results.append(benchmark.pedantic(timed.run, args=(given,)) if timed is found[0] else timed.run(given))
+        timed.first = time.perf_counter() - started
+    if reference is not None and agree is not None:
+        agree(*results)
+    del results
+    for timed, n in itertools.product(found, range(1, WARMUP)):
+        timed.first = timed.once(n)
     benchmark.extra_info.update(environment(), dtype=str(dtype).removeprefix("torch."), **facts)
     if benchmark.stats is None:
         return
     if memory:
-        benchmark.extra_info["peak_bytes"] = peak_bytes(run, fresh(inputs[0]))
-    seconds = list(benchmark.stats.stats.data)
-    median = statistics.median(seconds)
-    info: dict[str, Any] = {"rounds": len(seconds)}
-    if tokens:
-        info["tokens_per_second"] = tokens / median
-    if flops:
-        info |= {"flops": flops, "flop_per_second": flops / median, "share_of_matmul": flops / median / peak(dtype)}
-    if reference is not None:
-        pairs = [a / b for a, b in zip(rival, seconds, strict=True)]
-        low, high = repeated(pairs)
-        info |= {"ratio": statistics.median(pairs), "ratio_low": low, "ratio_high": high}
-        info["reference_seconds"] = statistics.median(rival)
-    benchmark.extra_info.update(info)
+        benchmark.extra_info["peak_bytes"] = peak_bytes(runs[0], fresh(inputs[0]))
+    group = GROUPS.setdefault(benchmark.group, Group(torch.get_num_threads()))
+    if reference is None:
+        group.rivals[against] = found[0]
+        rival = None
+    else:
+        rival = group.rivals.setdefault(against, found[1])
+    group.arms.append(Arm(benchmark, found[0], rival, dtype, tokens, flops))
+    if CUDA:
+        measure()
 
 
-def repeated(pairs: Sequence[float]) -> tuple[float, float]:
-    """Where another run's median of such ratios lies with 95%, in logarithms.
+def measure(say: Callable[[str], None] = lambda line: None) -> None:
+    """Time all that was set up since the last call; `say` is told how far it is, and what cannot be timed."""
+    groups = list(GROUPS.values())
+    GROUPS.clear()
+    try:
+        for sweep in range(SWEEPS):
+            say(f"sweep {sweep + 1} of {SWEEPS} through {len(groups)} groups")
+            for group in groups:
+                group.sweep(say)
+    finally:  # after Ctrl-C: what there is
+        for arm in (arm for group in groups for arm in group.arms):
+            if arm.timed.seconds:
+                arm.report()
+            else:
+                arm.benchmark.has_error = True
 
-    The sign test's 95% interval of the median (all of the range where pairs are fewer than six) and 1.96 BETWEEN add as
-    squares; the other run varies as much, hence sqrt(2).
+
+SPREAD, WEIGHT = 0.06, 8
+"""Expected deviation of a row's log ratio from sweep to sweep, and as how many sweeps more it counts than were made."""
+
+FACTOR = 4.3
+"""Deviations by which the ratio of a repeated run may differ: in two runs of 144 rows 3.65 held them all."""
+
+
+def repeated(ratios: Sequence[float]) -> tuple[float, float]:
+    """Where another run should have its ratio, wide enough for all rows at once, from the ratios of one run's sweeps.
+
+    From how much these differ and, since a few can agree by chance, from SPREAD.
     """
-    middle = statistics.median(pairs)
-    reach = [math.sqrt(2 * (math.log(end / middle) ** 2 + (1.96 * BETWEEN) ** 2)) for end in interval(pairs)]
-    return middle * math.exp(-reach[0]), middle * math.exp(reach[1])
+    n, middle = len(ratios), statistics.geometric_mean(ratios)
+    squares = WEIGHT * SPREAD**2 + sum(math.log(ratio / middle) ** 2 for ratio in ratios)
+    reach = math.exp(FACTOR * math.sqrt(squares / (WEIGHT + n - 1) * 2 / n))
+    return middle / reach, middle * reach
 
 
 def within(allowed: float) -> Callable[[Any, Any], None]:
@@ -145,6 +282,13 @@ def same(got: Any, want: Any) -> None:
 def rotated(make: Callable[[int], Any], size: int) -> list[Any]:
     """`make(seed)`'s problems of `size` bytes, so many that on CUDA together they exceed the L2 cache."""
     return [make(seed) for seed in range(min(16, max(2, L2 // size)) if CUDA else 2)]
+
+
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """torch.compile for the shapes that it is given, as many as there are: past Dynamo's limit it would be eager."""
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, mode=mode, dynamic=False)
 
 
 def synchronised(run: Run) -> Run:
@@ -173,16 +317,28 @@ def peak_bytes(run: Run, x: Any) -> int:
 
 @functools.cache
 def peak(dtype: torch.dtype) -> float:
-    """FLOP/s of this machine's matrix product in `dtype`, measured: the fastest of ten of 1024 (CUDA: 8192) cubed."""
+    """FLOP/s of this machine's matrix product in `dtype`, measured: the fastest of ten of 1024 (CUDA: 8192) cubed.
+
+    On a CPU of the libraries that there are, with the second matrix laid out beforehand.
+    """
     size = 8192 if CUDA else 1024
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    product = synchronised(lambda _: a @ b)
-    product(0)
+    products: list[Run] = [lambda _: a @ b]
+    for impl in ("onednn", "cpp") if not CUDA else ():
+        try:
+            other = functools.partial(linear, a, b, packed=pack(b, size, impl=impl), impl=impl)
+            other()
+        except InputError:  # not for this dtype, or not on this processor
+            continue
+        products.append(lambda _, other=other: other())
     seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
-        product(0)
-        seconds.append(time.perf_counter() - started)
+    with torch.no_grad():
+        for product in map(synchronised, products):
+            product(0)
+            for _ in range(10):
+                started = time.perf_counter()
+                product(0)
+                seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds)
 
 
@@ -192,6 +348,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if CUDA else evidence.processor(),
         "threads": THREADS,
+        "malloc": keep_memory(),
         "versions": evidence.versions(),
         "revision": evidence.revision() or "unknown",
     }

@@ -147,9 +147,8 @@ class Reference(nn.Module):
                 self.final_modulation = linear(final.weight.detach().clone(), final.bias.detach().clone())
 
     def hidden(self, ids: Tensor, num_loops: int) -> Tensor:
-        """ids [B, T] -> what the head reads [B, T, D]; counted in `passes`."""
+        """ids [B, T] -> what the head reads [B, T, D]."""
         c = self.config
-        self.passes += 1
         rope = rope_table(ids.shape[1], c.head_dim or 0, c.rope_theta, ids.device)
         x = F.embedding(ids, self.embed)
         if c.modulation == "adaln":
@@ -172,7 +171,8 @@ class Reference(nn.Module):
         return h.to(self.lm_head.weight.dtype)
 
     def forward(self, ids: Tensor, num_loops: int) -> Tensor:
-        """ids [B, T] -> logits [B, T, V]."""
+        """ids [B, T] -> logits [B, T, V]; counted in `passes`."""
+        self.passes += 1
         return self.lm_head(self.hidden(ids, num_loops))
 
     def _layer(self, layer: nn.Module, x: Tensor, rope: Rope) -> Tensor:

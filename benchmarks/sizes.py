@@ -45,15 +45,15 @@ def block_config(size: str, layers: int = 2, loops: int = 12) -> ModelConfig:
 def model_config(size: str) -> ModelConfig:
     """Whole models: `tiny` (d 128, V 8192), `llama-512` (12 layers, V 50258), and the paper's 170M."""
     if size == "paper-170m":
-        return ModelConfig(vocab_size=50258, **dit(768, 12, 12), loop=LoopConfig(start=4, length=2, max_loops=12))
+        return ModelConfig(vocab_size=50258, **dit(768, 12, 12), loop=LoopConfig(start=1, length=2, max_loops=12))
     shape = llama(128, 6) if size == "tiny" else llama(512, 12)
     vocabulary = 8192 if size == "tiny" else 50258
     return ModelConfig(vocab_size=vocabulary, **shape, loop=LoopConfig(start=2, length=2, max_loops=4))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def drawn(config: ModelConfig, device: torch.device) -> LoopMDM:
-    """Gains about 1, small biases, matrices at fan-in; evaluation mode. The last one made is kept."""
+    """Gains about 1, small biases, matrices at fan-in; evaluation mode."""
     with torch.device("meta"):
         model = LoopMDM(config).eval()
     model, rng = model.to_empty(device="cpu"), torch.Generator().manual_seed(0)

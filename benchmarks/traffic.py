@@ -1,6 +1,6 @@
 """One pass of the looped block between the profiler's start and stop, for ncu to count bytes: traffic.py ARM S [SIZE].
 
-    ncu --csv --metrics dram__bytes_read.sum,dram__bytes_write.sum --profile-from-start off \\
+    ncu --csv --metrics dram__bytes_read.sum,dram__bytes_write.sum --profile-from-start off --cache-control none \\
         python benchmarks/traffic.py fused 4
 
 ARM is "reference" or "fused"; bf16, 4 x 1024 tokens. `loopmdm bench --gpu` calls it for S = 1, 4, 12: the slope over S

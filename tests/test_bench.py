@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import random
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ from loopmdm.cli import main
 from loopmdm.errors import InputError
 from loopmdm.lab import bench
 from loopmdm.lab.bench_gpu import PARTS, total_bytes
+from loopmdm.lab.tune import interval
 
 from .test_reference import load as benchmark_module
 
@@ -53,11 +57,15 @@ def test_better_evidence_is_never_overwritten(tmp_path):
     assert bench.save(results(row(rounds=9)), path) == path
     assert bench.save(results(row(rounds=9, ratio=2.1)), path) == path
     assert bench.load(path)["rows"][0]["ratio"] == 2.1
-    fewer = bench.save(results(row(rounds=5)), path)
+    assert bench.save(results(row(rounds=8)), path) == path  # a slower day: as many as fit in a time
+    assert bench.save(results(row(rounds=8, sweeps=5)), path) == path
+    fewer = bench.save(results(row(rounds=9, sweeps=4)), path)
+    fewer_rounds = bench.save(results(row(rounds=3, sweeps=5)), path)
     other_rows = bench.save(results(row(arm="another", rounds=20)), path)
     other_machine = bench.save(results(row(rounds=9), device="another"), path)
-    assert [p.name for p in (fewer, other_rows, other_machine)] == [f"bench-a-cpu-{n}.json" for n in (2, 3, 4)]
-    assert bench.load(path)["rows"][0]["rounds"] == 9
+    beside = (fewer, fewer_rounds, other_rows, other_machine)
+    assert [p.name for p in beside] == [f"bench-a-cpu-{n}.json" for n in (2, 3, 4, 5)]
+    assert bench.load(path)["rows"][0]["sweeps"] == 5
     path.write_text("notes")
     with pytest.raises(InputError, match="no results file"):
         bench.save(results(row()), path)
@@ -67,52 +75,9 @@ def test_better_evidence_is_never_overwritten(tmp_path):
 def test_parts_of_one_run_are_merged(tmp_path):
     path = tmp_path / "bench-gpu.json"
     bench.save(results(row(rounds=9), row(arm="b", rounds=5)), path)
-    assert bench.save(results(row(arm="b", rounds=7), row(arm="c"), row(rounds=3)), path, merge=True) == path
+    assert bench.save(results(row(arm="b", rounds=7), row(arm="c"), row(rounds=4)), path, merge=True) == path
     assert [(r["arm"], r["rounds"]) for r in bench.load(path)["rows"]] == [("ours", 9), ("b", 7), ("c", 7)]
     assert bench.save(results(row(), revision="later"), path, merge=True) != path
-
-
-def test_sweeps_are_pooled():
-    once = results(row(ratio=2.0, seconds=0.5), row(arm="a reference", ratio=None, seconds=4.0), row(arm="once"))
-    again = results(row(ratio=4.5, seconds=2.0, rounds=5), row(arm="a reference", ratio=None, seconds=1.0))
-    assert bench.pooled([once]) == once
-    pooled = bench.pooled([once, again])
-    ours, reference = pooled["rows"]
-    assert pooled["sweeps"] == 2 and (ours["rounds"], reference["seconds"]) == (12, 2.0)
-    assert math.isclose(ours["ratio"], 3.0) and math.isclose(ours["seconds"], 1.0)
-    assert ours["ratio_low"] * ours["ratio_high"] == pytest.approx(9) and ours["ratio_low"] < 2.0
-
-
-@pytest.mark.parametrize("sweeps", [2, 3, 8])
-def test_pooled_interval_holds_another_runs_ratio(sweeps):
-    rng = random.Random(sweeps)
-
-    def run(deviation):
-        return bench.pooled([results(row(ratio=math.exp(rng.gauss(1, deviation)))) for _ in range(sweeps)])["rows"][0]
-
-    for deviation, least in ((bench.PRIOR / 2, 0.95), (bench.PRIOR, 0.94), (3 * bench.PRIOR, 0.75)):
-        pairs = [(run(deviation), run(deviation)) for _ in range(2000)]
-        hits = sum(a["ratio_low"] <= b["ratio"] <= a["ratio_high"] for a, b in pairs) / len(pairs)
-        assert hits >= least and (deviation < bench.PRIOR or hits < 0.99)
-
-
-def test_a_sweep_that_fails_loses_nothing(tmp_path, monkeypatch, capsys):
-    from loopmdm.cli import bench as command
-
-    answers = iter([(results(row()), 0), InputError("nothing was measured")])
-
-    def sweep(root, options):
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(command, "_sweep", sweep)
-    assert main(["bench", "--sweeps", "3", "--out", str(tmp_path / "r.json")]) != 0
-    assert bench.load(tmp_path / "r.json")["rows"][0]["ratio"] == 2.0
-    assert "sweep 2 is left out" in capsys.readouterr().err
-    assert main(["bench", "--sweeps", "0"]) != 0
-    assert "--sweeps is 0" in capsys.readouterr().err
 
 
 def test_compare_says_what_disagrees():
@@ -199,85 +164,184 @@ def test_interval_holds_the_median_as_often_as_it_says(n):
     rng = random.Random(n)
     hits = 0
     for _ in range(4000):
-        low, high = frame.interval([rng.expovariate(1.0) for _ in range(n)])
+        low, high = interval([rng.expovariate(1.0) for _ in range(n)])
         hits += low <= math.log(2) <= high
     least = 0.95 if n >= 6 else 1 - 2 / 2**n
     assert hits / 4000 >= least - 0.025  # three standard errors
-    ranks = frame.interval(list(range(n)))
+    ranks = interval(list(range(n)))
     assert ranks == {9: (1, 7), 20: (5, 14), 50: (17, 32)}.get(n, (0, n - 1))
 
 
 class FakeBenchmark:
     """What `race` needs of pytest-benchmark's fixture."""
 
-    def __init__(self, clock):
-        self.extra_info, self.stats, self.clock = {}, None, clock
+    def __init__(self, name="ours", group="g: a"):
+        self.name, self.group, self.extra_info, self.stats, self.has_error = name, group, {}, None, False
 
-    def pedantic(self, run, setup, rounds):
-        data = []
-        for _ in range(rounds):
-            args, kwargs = setup()
-            began = self.clock.now
-            run(*args, **kwargs)
-            data.append(self.clock.now - began)
-        self.stats = SimpleNamespace(stats=SimpleNamespace(data=data))
+    def pedantic(self, run, args):
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[1e9]))  # of the call that only checks
+        return run(*args)
 
 
-def test_race_pairs_each_round_with_one_of_the_reference(monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    order = []
+class Clock:
+    """Time that passes only in what is run; `order` has who ran on what."""
 
-    def taking(name, seconds):
+    def __init__(self, monkeypatch):
+        self.now, self.order = 0.0, []
+        monkeypatch.setattr(frame.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(frame, "peak", lambda dtype: 10.0)
+        monkeypatch.setattr(frame, "environment", dict)
+        monkeypatch.setattr(frame, "CUDA", False)
+        monkeypatch.setattr(frame, "WARMUP", 1)
+        monkeypatch.setattr(frame, "GROUPS", {})
+
+    def taking(self, name, seconds):
         def run(x):
-            order.append((name, x))
-            clock.now += seconds * (1 + x)  # an input makes both slower alike
+            self.order.append((name, x))
+            self.now += seconds(self.now) if callable(seconds) else seconds
             return x
 
         return run
 
-    monkeypatch.setattr(frame.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(frame, "peak", lambda dtype: 10.0)
-    fake = FakeBenchmark(clock)
-    checked = []
-    frame.race(fake, taking("ours", 1.0), taking("theirs", 3.0), [0, 1, 2], lambda a, b: checked.append((a, b)),
-               rounds=4, warmup=1, tokens=8, flops=6.0, memory=False, nfe=2)  # fmt: skip
-    assert checked == [(0, 0)]
-    assert order[2:6] == [("theirs", 0), ("ours", 0), ("theirs", 1), ("ours", 1)] and len(order) == 10
-    info = fake.extra_info
-    assert info["ratio"] == pytest.approx(3.0) and info["reference_seconds"] == pytest.approx(4.5)
-    assert (info["ratio_low"], info["ratio_high"]) == pytest.approx(frame.repeated([3.0] * 4))
-    assert info["nfe"] == 2 and info["rounds"] == 4
-    assert info["tokens_per_second"] == pytest.approx(8 / 1.5)  # rounds take 1, 2, 3 and 1 seconds
-    assert info["share_of_matmul"] == pytest.approx(0.4)
+
+def test_arms_take_turns_in_each_round(monkeypatch):
+    clock, checked = Clock(monkeypatch), []
+    monkeypatch.setattr(frame, "SWEEPS", 2)
+    monkeypatch.setattr(frame, "ROUNDS", 3)
+    theirs, slow, fast = clock.taking("theirs", 3.0), clock.taking("slow", 2.0), clock.taking("fast", 1.0)
+    rows = [FakeBenchmark(name) for name in ("reference", "slow", "fast")]
+    given = {"memory": False, "tokens": 8, "flops": 6.0}
+    frame.race(rows[0], theirs, None, [0, 1], None, **given)
+    frame.race(rows[1], slow, theirs, [0, 1], lambda a, b: checked.append((a, b)), **given)
+    frame.race(rows[2], fast, theirs, [0, 1], None, **given, nfe=2)
+    assert checked == [(0, 0)] and len(clock.order) == 5 and frame.GROUPS.keys() == {"g: a"}
+    del clock.order[:]
+    said = []
+    frame.measure(said.append)
+    first, second, third = clock.order[0:3], clock.order[3:6], clock.order[6:9]
+    assert len(clock.order) == 18 and not frame.GROUPS
+    assert [{name for name, _ in r} for r in (first, second, third)] == [{"theirs", "slow", "fast"}] * 3
+    assert [{x for _, x in r} for r in (first, second, third)] == [{0}, {1}, {0}]
+    assert len({r[0][0] for r in (first, second, third)}) == 3  # each is first once
+    assert [row.stats.stats.data for row in rows] == [[3.0] * 6, [2.0] * 6, [1.0] * 6]
+    assert "ratio" not in rows[0].extra_info
+    info = rows[2].extra_info
+    assert info["ratio"] == pytest.approx(3.0) and info["ratios"] == [3.0, 3.0] and info["sweeps"] == 2
+    assert (info["ratio_low"], info["ratio_high"]) == pytest.approx(frame.repeated([3.0, 3.0]))
+    assert info["reference_seconds"] == 3.0 and info["nfe"] == 2
+    assert info["tokens_per_second"] == 8.0 and info["share_of_matmul"] == pytest.approx(0.6)
+    assert said == ["sweep 1 of 2 through 1 groups", "sweep 2 of 2 through 1 groups"]
 
 
-@pytest.mark.parametrize("seconds, rounds", [(1.0, frame.ROUNDS), (0.004, 50), (1e-6, frame.MOST)])
+def test_a_slow_spell_of_the_machine_meets_one_sweep_of_all_rows(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(frame, "SWEEPS", 4)
+    monkeypatch.setattr(frame, "ROUNDS", 1)
+    rows = [FakeBenchmark(group=f"g: {n}") for n in range(3)]
+    ours = clock.taking("ours", lambda now: 2.0 if 20.0 < now < 30.0 else 1.0)
+    for row in rows:
+        frame.race(row, ours, clock.taking("theirs", 1.0), [0], None, memory=False)
+    frame.measure()
+    for row in rows:
+        assert sorted(row.extra_info["ratios"])[1:] == [1.0, 1.0, 1.0]
+
+
+def test_a_group_may_have_two_references(monkeypatch):
+    clock = Clock(monkeypatch)
+    wide, narrow = FakeBenchmark("bf16"), FakeBenchmark("bf16, against bf16")
+    ours = clock.taking("ours", 1.0)
+    frame.race(wide, ours, clock.taking("fp32", 6.0), [0], None, memory=False)
+    frame.race(narrow, ours, clock.taking("also bf16", 4.0), [0], None, memory=False, against="bf16")
+    frame.measure()
+    assert (wide.extra_info["ratio"], narrow.extra_info["ratio"]) == pytest.approx((6.0, 4.0))
+
+
+@pytest.mark.parametrize("seconds, rounds", [(1.0, frame.LEAST), (0.0079, 15), (1e-6, frame.MOST)])
 def test_short_rows_get_more_rounds(monkeypatch, seconds, rounds):
-    clock = SimpleNamespace(now=0.0)
+    clock, fake = Clock(monkeypatch), FakeBenchmark()
+    monkeypatch.setattr(frame, "ROUNDS", 0)
+    run = clock.taking("either", seconds)
+    frame.race(fake, run, run, [0], None, memory=False)
+    del clock.order[:]
+    frame.measure()
+    assert len(fake.stats.stats.data) == rounds * frame.SWEEPS
+    untimed = 2 * frame.SWEEPS if 2 * seconds < frame.COLD else 0
+    assert len(clock.order) == 2 * rounds * frame.SWEEPS + untimed
+
+
+def test_what_fails_while_it_is_timed_is_left_out_with_one_line(monkeypatch):
+    clock, said = Clock(monkeypatch), []
+    rows = [FakeBenchmark("good"), FakeBenchmark("bad"), FakeBenchmark("against it"), FakeBenchmark(group="h: b")]
+    calls = iter(range(100))
+
+    def fails_later(x):
+        clock.now += 1.0
+        if next(calls) > 1:
+            raise RuntimeError("no memory left")
+
+    good = clock.taking("good", 1.0)
+    frame.race(rows[0], good, good, [0], None, memory=False)
+    frame.race(rows[1], fails_later, good, [0], None, memory=False)
+    frame.race(rows[2], good, fails_later, [0], None, memory=False, against="bad")
+    frame.race(rows[3], good, good, [0], None, memory=False)
+    frame.measure(said.append)
+    assert [row.has_error for row in rows] == [False, True, True, False]
+    assert rows[0].extra_info["ratio"] == rows[3].extra_info["ratio"] == 1.0
+    assert [line for line in said if line.startswith("not timed")] == [
+        "not timed: g: a, bad: no memory left",
+        "not timed: g: a, against it: no memory left",
+    ]
+
+
+def test_ctrl_c_keeps_what_was_timed(monkeypatch):
+    clock, row, late = Clock(monkeypatch), FakeBenchmark(), FakeBenchmark(group="h: b")
+    calls = iter(range(100))
+
+    def stopped(x):
+        clock.now += 1.0
+        if next(calls) > 1:
+            raise KeyboardInterrupt
+
+    good = clock.taking("good", 1.0)
+    frame.race(row, good, good, [0], None, memory=False)
+    frame.race(late, stopped, good, [0], None, memory=False)
+    with pytest.raises(KeyboardInterrupt):
+        frame.measure()
+    assert row.extra_info["sweeps"] >= 1 and row.extra_info["ratio"] == 1.0 and not row.has_error
+    assert late.extra_info["sweeps"] == 1
+
+
+def test_threads_and_gradients_are_those_of_the_set_up(monkeypatch):
+    clock, seen = Clock(monkeypatch), []
 
     def run(x):
-        clock.now += seconds
+        clock.now += 1.0
+        seen.append((torch.get_num_threads(), torch.is_grad_enabled()))
 
-    monkeypatch.delenv("LOOPMDM_ROUNDS", raising=False)
-    monkeypatch.setattr(frame.time, "perf_counter", lambda: clock.now)
-    fake = FakeBenchmark(clock)
-    frame.race(fake, run, run, [0], None, memory=False)
-    assert fake.extra_info["rounds"] == rounds
-    monkeypatch.setenv("LOOPMDM_ROUNDS", "3")
-    frame.race(fake, run, run, [0], None, memory=False, rounds=9)
-    assert fake.extra_info["rounds"] == frame.ROUNDS
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        frame.race(FakeBenchmark(), run, None, [0], None, memory=False)
+    torch.set_num_threads(2)
+    try:
+        frame.measure()
+        assert set(seen) == {(1, False)} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
-def test_what_writes_in_place_is_given_copies():
+def test_what_writes_in_place_is_given_copies(monkeypatch):
     given = [torch.zeros(3), torch.ones(3)]
-    seen, clock = [], SimpleNamespace(now=0.0)
+    seen, clock = [], Clock(monkeypatch)
 
     def run(x):
         clock.now += 1.0
         seen.append(x.sum().item())
         return x.add_(5)
 
-    frame.race(FakeBenchmark(clock), run, run, given, frame.same, rounds=3, fresh=torch.clone)
+    monkeypatch.setattr(frame, "ROUNDS", 3)
+    frame.race(FakeBenchmark(), run, run, given, frame.same, fresh=torch.clone)
+    frame.measure()
     assert set(seen) == {0.0, 3.0} and given[0].sum() == 0 and given[1].sum() == 3
 
 
@@ -288,18 +352,50 @@ def test_same_is_bit_for_bit():
             frame.same(torch.ones(2), other)
 
 
-@pytest.mark.parametrize("n", [5, 20, 100])
-def test_interval_holds_another_runs_ratio(n):
-    """Runs whose level differs by BETWEEN and whose rounds differ as much, more and less."""
-    rng = random.Random(n)
-    for spread in (0.2, 1.0, 4.0):
-        hits = 0
-        for _ in range(2000):
-            levels = [rng.gauss(math.log(2), frame.BETWEEN) for _ in range(2)]
-            runs = [[math.exp(rng.gauss(level, spread * frame.BETWEEN)) for _ in range(n)] for level in levels]
-            low, high = frame.repeated(runs[0])
-            hits += low <= statistics.median(runs[1]) <= high
-        assert hits / 2000 >= 0.94 - 0.015 and (hits < 1990 or spread > 1)
+@pytest.mark.parametrize("sweeps", [1, 3, 5])
+def test_the_interval_holds_all_rows_of_another_run(sweeps):
+    """Sweeps that differ by SPREAD: in 95 of 100 pairs of runs every row is inside; and it is no wider than it must."""
+    rng = random.Random(sweeps)
+
+    def run():
+        return [[math.exp(rng.gauss(1, frame.SPREAD)) for _ in range(sweeps)] for _ in range(144)]
+
+    def outside(factor):
+        missed = 0
+        for _ in range(100):
+            for one, two in zip(run(), run(), strict=True):
+                low, high = frame.repeated(one)
+                middle, reach = math.sqrt(low * high), math.log(high / low) / 2 * factor
+                if abs(math.log(statistics.geometric_mean(two) / middle)) > reach:
+                    missed += 1
+                    break
+        return missed
+
+    assert outside(1.0) <= 5 and outside(0.5) > 50
+    low, high = frame.repeated([2.0, 2.0 * 1.5, 2.0 / 1.5])
+    assert low < frame.repeated([2.0] * 3)[0] and low * high == pytest.approx(4.0)
+
+
+FAULTS = """
+import os, resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+if sys.argv[2] == "kept":
+    import frame
+    assert frame.keep_memory() == "memory kept"
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(100 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([faults() for _ in range(20)][-1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize("what", ["kept", "default"])
+def test_memory_that_is_freed_is_kept(what):
+    command = [sys.executable, "-c", FAULTS, str(ROOT / "benchmarks"), what]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 20) == (what == "kept")  # 25600 pages, or 50 of 2 MiB
 
 
 def test_peak_memory_is_what_is_held_at_once():
@@ -312,14 +408,15 @@ def test_peak_memory_is_what_is_held_at_once():
     assert frame.peak_bytes(run, None) == 4 << 20
 
 
-def test_an_arm_that_is_not_equal_is_not_timed():
+def test_an_arm_that_is_not_equal_is_not_timed(monkeypatch):
+    Clock(monkeypatch)
+
     def differ(a, b):
         raise AssertionError("they differ")
 
-    fake = FakeBenchmark(SimpleNamespace(now=0.0))
     with pytest.raises(AssertionError, match="they differ"):
-        frame.race(fake, lambda x: x, lambda x: -x, [1.0], differ)
-    assert fake.stats is None
+        frame.race(FakeBenchmark(), lambda x: x, lambda x: -x, [1.0], differ)
+    assert not frame.GROUPS
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from .common import FAILED, Parser
 def options(parser: Parser) -> None:
     parser.add_argument("--select", metavar="EXPRESSION", help="those whose names match, as pytest -k has it")
     parser.add_argument("--full", action="store_true", help="the slow ones too: 64 steps of the larger model")
-    parser.add_argument("--rounds", type=int, help="timed rounds a row (default 5 or more on a CPU, 20 on a GPU)")
-    parser.add_argument("--sweeps", type=int, default=1, help="run it all so many times, and pool what was found")
+    parser.add_argument("--sweeps", type=int, help="go through all rows so many times (default 5 on a CPU, 3 on a GPU)")
+    parser.add_argument("--rounds", type=int, help="timed rounds of a row in each (default by its length, 1 to 40)")
     parser.add_argument("--out", metavar="FILE", help="where to write (default benchmarks/results/bench-DEVICE.json)")
     parser.add_argument("--plot", metavar="PNG", help="draw the ratios too")
     other = parser.add_mutually_exclusive_group()
@@ -85,46 +85,28 @@ def checkout() -> Path:
 def _measure(root: Path, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from ..lab import bench
 
+    environment = dict(os.environ)
     for name in ("rounds", "sweeps"):
         value = getattr(options, name)
-        if value is not None and not 1 <= value <= 100:
+        if value is None:
+            continue
+        if not 1 <= value <= 100:
             raise InputError(f"--{name} is {value}; it must be from 1 to 100")
-    found: list[dict[str, Any]] = []
-    failed = False
-    for sweep in range(options.sweeps):
-        if options.sweeps > 1:
-            print(f"sweep {sweep + 1} of {options.sweeps}", flush=True)
-        try:
-            results, status = _sweep(root, options)
-        except InputError as error:
-            if not found:
-                raise
-            print(f"loopmdm bench: sweep {sweep + 1} is left out: {error}", file=sys.stderr)  # what there is stays
-            failed = True
-            break
-        found.append(results)
-        failed |= bool(status)
-    results = bench.pooled(found)
-    name = f"bench-{bench.slug(results.get('device', 'unknown'))}.json"
-    path = bench.save(results, options.out or root / "benchmarks" / "results" / name)
-    print(f"\n{path}\n")
-    return results, FAILED if failed else 0
-
-
-def _sweep(root: Path, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    from ..lab import bench
-
+        environment[f"LOOPMDM_{name.upper()}"] = str(value)
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder, "raw.json")
         command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", f"--benchmark-json={raw}"]
         command += ["--benchmark-columns=median,rounds", "--benchmark-sort=fullname", "-rs"]
         command += ["-k", options.select] if options.select else []
         command += ["-m", "slow or not slow"] if options.full else []
-        environment = os.environ | ({"LOOPMDM_ROUNDS": str(options.rounds)} if options.rounds else {})
         status = subprocess.run(command, cwd=root, env=environment).returncode
         if not raw.exists() or not raw.stat().st_size:
             raise InputError("nothing was measured; see what pytest says above")
-        return bench.condense(json.loads(raw.read_text())), status
+        results = bench.condense(json.loads(raw.read_text()))
+    name = f"bench-{bench.slug(results.get('device', 'unknown'))}.json"
+    path = bench.save(results, options.out or root / "benchmarks" / "results" / name)
+    print(f"\n{path}\n")
+    return results, FAILED if status else 0
 
 
 def _readme(root: Path, check: bool) -> int:

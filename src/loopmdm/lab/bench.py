@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InputError
 
 FORMAT = 1
-SHARED = ("device", "threads", "versions", "revision")
+SHARED = ("device", "threads", "malloc", "versions", "revision")
 """Of the machine and the run: kept once."""
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ HEADLINES = (
 
 
 def condense(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """pytest-benchmark's JSON -> {"format", "date", device, threads, versions, revision, "rows"}."""
+    """pytest-benchmark's JSON -> {"format", "date", what SHARED names, "rows"}."""
     rows, shared = [], {}
     for entry in raw["benchmarks"]:
         extra = dict(entry["extra_info"])
@@ -42,44 +42,6 @@ def condense(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not rows:
         raise InputError("nothing was measured: no benchmark matched, or all were skipped")
     return {"format": FORMAT, "date": raw["datetime"][:10], **shared, "rows": rows}
-
-
-PRIOR, PRIOR_WEIGHT = 0.07, 4
-"""Expected deviation of a row's log ratio from sweep to sweep (`frame.BETWEEN`), and as how many sweeps it counts."""
-
-MEANT = ("seconds", "reference_seconds", "ratio", "tokens_per_second", "flop_per_second", "share_of_matmul")
-STUDENT = {5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179}
-"""97.5% quantiles of Student's t by degrees of freedom."""
-
-
-def pooled(sweeps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several runs of the same benchmarks, minutes apart, as one: a machine's slow changes meet every row.
-
-    Times and ratios are geometric means. A ratio's interval is where 95% of such runs of as many sweeps have theirs:
-    from how much its sweeps differ, and from PRIOR, since a few sweeps can agree by chance.
-    """
-    first, *others = sweeps
-    if not others:
-        return dict(first)
-    found = [{(row["group"], row["arm"]): row for row in sweep["rows"]} for sweep in sweeps]
-    rows = []
-    for place, row in found[0].items():
-        same = [sweep[place] for sweep in found if place in sweep]
-        if len(same) < len(found):
-            continue
-        row = dict(row)
-        for name in MEANT:
-            if all(name in other for other in same):
-                row[name] = math.exp(sum(math.log(other[name]) for other in same) / len(same))
-        row["rounds"] = sum(other["rounds"] for other in same)
-        if "ratio" in row:
-            spread = sum(math.log(other["ratio"] / row["ratio"]) ** 2 for other in same)
-            freedom = PRIOR_WEIGHT + len(same) - 1
-            deviation = math.sqrt((PRIOR_WEIGHT * PRIOR**2 + spread) / freedom)
-            reach = math.exp(STUDENT.get(freedom, 2.15) * deviation * math.sqrt(2 / len(same)))
-            row |= {"ratio_low": row["ratio"] / reach, "ratio_high": row["ratio"] * reach}
-        rows.append(row)
-    return {**first, "sweeps": len(sweeps), "rows": rows}
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -99,7 +61,7 @@ def load(path: str | Path) -> dict[str, Any]:
 def save(results: Mapping[str, Any], path: str | Path, merge: bool = False) -> Path:
     """Write one row a line; a file with better evidence stays, and the results go beside it.
 
-    Better evidence: rows that these results lack, or more rounds for a row, or another device.
+    Better evidence: rows that these results lack, more sweeps or more than twice the rounds for a row, another device.
 
     Args:
         merge: keep the rows of a file of the same device, versions and revision that these results do not replace.
@@ -131,18 +93,24 @@ def _short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def _weaker(row: Row, than: Row) -> bool:
+    """Whether a row rests on less; rounds of a sweep are as many as fit in a time, so they alone vary."""
+    return row.get("sweeps", 1) < than.get("sweeps", 1) or 2 * row["rounds"] < than["rounds"]
+
+
 def _better(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    rounds = {(row["group"], row["arm"]): row["rounds"] for row in now["rows"]}
-    if any(before.get(key) != now.get(key) for key in ("device", "threads")):
+    rows = {(row["group"], row["arm"]): row for row in now["rows"]}
+    if any(before.get(key) != now.get(key) for key in ("device", "threads", "malloc")):
         return True
-    return any(rounds.get((row["group"], row["arm"]), 0) < row["rounds"] for row in before["rows"])
+    same = ((rows.get((row["group"], row["arm"])), row) for row in before["rows"])
+    return any(mine is None or _weaker(mine, row) for mine, row in same)
 
 
 def _merged(before: Sequence[Row], now: Sequence[Row]) -> list[Row]:
     found = {(row["group"], row["arm"]): row for row in before}
     for row in now:
         place = row["group"], row["arm"]
-        if place not in found or found[place]["rounds"] <= row["rounds"]:
+        if place not in found or not _weaker(row, found[place]):
             found[place] = row
     return list(found.values())
 
@@ -161,16 +129,17 @@ def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def title(results: Mapping[str, Any]) -> str:
-    """ "AMD EPYC, 2 threads, torch 2.13.0, revision 0123456789, 2026-01-02"."""
+    """ "AMD EPYC, 2 threads, memory kept, torch 2.13.0, revision 0123456789, 2026-01-02"."""
+    malloc = f", {results['malloc']}" if results.get("malloc", "default") != "default" else ""
     return (
-        f"{results['device']}, {results['threads']} threads, torch {results['versions']['torch']}, "
+        f"{results['device']}, {results['threads']} threads{malloc}, torch {results['versions']['torch']}, "
         f"revision {str(results['revision'])[:10]}, {results['date']}"
     )
 
 
 LEGEND = (
-    "the reference: its median over the same rounds, each just before one of the arm",
-    "times faster: median over rounds of the reference's time over the arm's; in brackets, 95% of repeated runs",
+    "the reference: its median over the same rounds, in each of which it and all arms run once",
+    "times faster: the reference's time over the arm's; in brackets, where a repeated run has it, for all rows at once",
     "share of peak: achieved FLOP/s over those of this machine's own matrix product",
     "peak memory: the most that one round holds of torch's memory beyond what it was given",
 )
@@ -215,9 +184,9 @@ def ratio(row: Row) -> str:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
     """(cells of a table, heading first; sentences): how far two runs agree.
 
-    A row agrees when each run's ratio lies in the other's interval, as 19 rows in 20 should; what was measured at
-    several sizes (the part of a group's name before ":"), when the geometric means of its ratios are within 10%. Rows
-    without a ratio are compared by their times, which depend on the machine.
+    A row agrees when each run's ratio lies in the other's interval, as all should; what was measured at several sizes
+    (the part of a group's name before ":"), when the geometric means of its ratios are within 10%. Rows without a ratio
+    are compared by their times, which depend on the machine.
     """
     cells: list[tuple[str, ...]] = [("", "first", "second", "second / first", "")]
     theirs = {(row["group"], row["arm"]): row for row in b["rows"]}
@@ -274,7 +243,7 @@ def summary(folder: str | Path, wanted: Sequence[str] = ()) -> str:
         chosen = _chosen(results["rows"], wanted)
         if not chosen:
             continue
-        what = "median time, times faster" if gpu else "times faster (95% interval)"
+        what = "median time, times faster" if gpu else "times faster (in a repeated run)"
         lines += [
             f"{title(results)}:",
             "",

@@ -1,5 +1,6 @@
 """`loopmdm bench --gpu`: what waits for a GPU, in parts of under nine minutes, each kept as soon as it is done.
 
+The measurements come first, with implementations named; tuning, which is mostly Triton's compiling, last.
 A part that succeeded on this device at this revision is not run again; one that was cut off is. State and results lie
 in benchmarks/results, so a second call, on another day and machine of the kind, goes on where the first ended.
 """
@@ -46,13 +47,16 @@ def _bench(name: str, files: str, minutes: float, select: str = "") -> Part:
     return Part(name, ("-m", "pytest", "-q", *paths, "--benchmark-only", *chosen), minutes, measures=True)
 
 
-TRAFFIC = "dram__bytes_read.sum,dram__bytes_write.sum"
+NCU = ("ncu", "--csv", "--print-units", "base", "--profile-from-start", "off", "--cache-control", "none")
+NCU += ("--metrics", "dram__bytes_read.sum,dram__bytes_write.sum")
+"""Caches are not flushed between kernels, as ncu does by default: what stays in one is what is to be seen."""
+TUNED = ["attention", "residual_norm", "norm_linear", "linear_residual", "loop_boundary", "head_stats"]
+TUNED += ["linear_cross_entropy"]
 PARTS = (
     Part("first contact", ("-m", "pytest", "tests/gpu/test_first_contact.py", "-x", "-q"), 3),
-    Part("tune", ("-m", "loopmdm.cli", "tune", "--table", "--quick"), 8),
     _bench("head and unmasking", "head_stats compact select_scatter select_topk", 6),
     _bench("one denoising step", "step", 6),
-    _bench("looped block, small", "block", 8, "small and not compile"),
+    _bench("looped block, small", "block", 8, "(small or pair or single) and not compile"),
     _bench("looped block, medium and large", "block", 8, "(medium or large) and not compile"),
     _bench("looped block, compiled", "block", 8, "compile"),
     _bench("attention and the fused ops", "attention norm_linear linear_residual loop_boundary residual_norm", 6),
@@ -61,6 +65,10 @@ PARTS = (
     _bench("generate", "generate", 8),
     _bench("other people's models", "adapters", 4),
     Part("bytes from memory", ("benchmarks/traffic.py",), 5, needs="ncu"),
+    *(
+        Part(f"tune {op}", ("-m", "loopmdm.cli", "tune", "--table", "--quick", "--dtype", "bfloat16", "--op", op), 8)
+        for op in TUNED
+    ),
 )
 
 
@@ -98,6 +106,8 @@ def run_parts(root: Path, minutes: float) -> int:
             if number == 1:
                 print("first contact failed: nothing that follows would mean anything")
                 break
+    else:
+        print("all parts are done" if not failed else "all parts were run")
     print(f"failed: {', '.join(failed)}" if failed else "nothing failed", f"state in {state_path}", sep="; ")
     return FAILED if failed else 0
 
@@ -107,9 +117,14 @@ def _run(root: Path, part: Part, name: str) -> bool:
     if part.measures:
         raw = folder / f".{name}.raw.json"
         done = subprocess.run([sys.executable, *part.command, f"--benchmark-json={raw}"], cwd=root).returncode == 0
-        if raw.exists() and raw.stat().st_size:
-            bench.save(bench.condense(json.loads(raw.read_text())), folder / f"bench-{name}.json", merge=True)
-        raw.unlink(missing_ok=True)
+        try:
+            if raw.exists() and raw.stat().st_size:
+                bench.save(bench.condense(json.loads(raw.read_text())), folder / f"bench-{name}.json", merge=True)
+        except InputError as error:  # no row came through
+            print(f"{part.name}: {error}")
+            return False
+        finally:
+            raw.unlink(missing_ok=True)
         return done
     if part.needs == "ncu":
         return _traffic(root, part, folder / f"traffic-{name}.json")
@@ -121,8 +136,8 @@ def _traffic(root: Path, part: Part, path: Path) -> bool:
     measured = []
     for arm in ("reference", "fused"):
         for loops in (1, 4, 12):
-            command = ["ncu", "--csv", "--metrics", TRAFFIC, "--profile-from-start", "off", sys.executable]
-            out = subprocess.run([*command, *part.command, arm, str(loops)], cwd=root, capture_output=True, text=True)
+            command = [*NCU, sys.executable, *part.command, arm, str(loops)]
+            out = subprocess.run(command, cwd=root, capture_output=True, text=True)
             if out.returncode:
                 print(f"ncu: {out.stdout[-300:]}{out.stderr[-300:]}")
                 return False

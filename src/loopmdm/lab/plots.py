@@ -263,7 +263,7 @@ def ratios(path: Path, results: dict[str, Any]) -> None:
     handles = [Line2D([], [], color=colour, marker="o", markersize=4) for colour in (LOOPED, UNLOOPED, LIMIT)]
     names = ["faster than the reference", "slower", "cannot be told apart"]
     figure.legend(handles, names, loc="lower center", ncols=3, frameon=False, fontsize=9)
-    what = "Times faster than the reference, and where 95% of repeated runs lie"
+    what = "Times faster than the reference, and where a repeated run has them"
     _save(figure, path, f"{what}\n{bench.title(results)}", 0.4 / height)
 
 
