@@ -1,8 +1,9 @@
 """Builds loopmdm._C: C++ always, CUDA as well where nvcc is found. Torch is not needed to build.
 
 LOOPMDM_CUDA        auto (default), 0 (C++ only) or 1 (fail when there is no nvcc)
-LOOPMDM_CUDA_ARCHS  "sm_80 sm_90" by default; the highest is also stored as PTX for newer GPUs
-CXX                 the C++ compiler (nvcc uses its own default; NVCC_CCBIN changes it)
+LOOPMDM_CUDA_ARCHS  "sm_80 sm_90" by default, or "8.0 9.0"; the highest is also stored as PTX for newer GPUs
+CXX                 the C++ compiler, perhaps behind another command as in "ccache g++" (nvcc uses its own default;
+                    NVCC_CCBIN changes it). g++ 11 or later; clang++ builds the same without AVX
 
 Both compilers run under ninja. With CUDA, nvcc also links: it knows where its own static runtime
 lies, whatever wrapper script or folder it was found in, so the module needs no CUDA at import time.
@@ -46,10 +47,12 @@ def cuda_release(nvcc):
 
 
 def cuda_archs():
-    archs = sorted({int(n) for n in re.findall(r"\d+", os.environ.get("LOOPMDM_CUDA_ARCHS", "80 90"))})
-    if not archs:
-        sys.exit('LOOPMDM_CUDA_ARCHS names no architecture; write for example LOOPMDM_CUDA_ARCHS="sm_80 sm_90".')
-    return archs
+    """Numbers as nvcc's, rising: 80 for "sm_80", "80" and "8.0"."""
+    given = os.environ.get("LOOPMDM_CUDA_ARCHS", "80 90")
+    found = [re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)", word) for word in re.split(r"[\s,;]+", given.strip(" ,;"))]
+    if not all(found):
+        sys.exit(f'LOOPMDM_CUDA_ARCHS is {given!r}; write for example LOOPMDM_CUDA_ARCHS="sm_80 sm_90" or "8.0 9.0".')
+    return sorted({int(match[1] + match[2]) for match in found})
 
 
 NVCC = find_nvcc()
@@ -67,7 +70,7 @@ def ninja_file(ext, output):
     if NVCC:
         defines += ["-DLOOPMDM_CUDA", f'-DLOOPMDM_CUDA_VERSION="{CUDA}"', f'-DLOOPMDM_CUDA_ARCHS="{names}"']
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "clang++"
+    cxx = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "clang++"]
     # csrc/noise.h promises bits: no a * b + c in one rounding unless a function asks for it
     flags = ["-std=c++17", "-O3", "-Wall", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread"]
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-pthread"]
@@ -75,10 +78,10 @@ def ninja_file(ext, output):
     gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     cuflags = ["-std=c++17", "-O3", *gencode, "-Xcompiler=-fPIC,-fvisibility=hidden"]
     # --exclude-libs hides the static runtime's symbols from the runtime that torch loads
-    link = [NVCC, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"] if NVCC else [cxx, *shared]
+    link = [NVCC, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"] if NVCC else [*cxx, *shared]
     lines = [
         "rule cxx",
-        f"  command = {_shell([cxx, *flags, *defines, *includes])} -MD -MF $out.d -c $in -o $out",
+        f"  command = {_shell([*cxx, *flags, *defines, *includes])} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
@@ -137,7 +140,7 @@ setup(
     packages=[*find_packages("src"), "loopmdm.kernels"],
     include_package_data=False,  # what package_data names, nothing else
     package_data={"loopmdm": ["py.typed"], "loopmdm.kernels": ["tables/*.json"]},
-    # Without the module everything runs on the torch reference: Windows does so.
+    # Without the module the ops run on their torch reference. Windows gets none, and training does not run there.
     ext_modules=[] if sys.platform == "win32" else [Extension("loopmdm._C", sources)],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -233,8 +233,8 @@ typedef double d8 __attribute__((vector_size(64)));
 struct Sums {
     double mass, weighted;
 };
-#define HALF(x, h) __builtin_convertvector(h ? __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)            \
-                                             : __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), d8)
+#define HALF(x, h) __builtin_convertvector(h ? SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15)                            \
+                                             : SHUFFLE(x, x, 0, 1, 2, 3, 4, 5, 6, 7), d8)
 #define TOTALS(name)                                                                                                  \
     Sums name(const float* best, const uint32_t* total, const float* dot, int64_t n, float top) {                     \
         d8 mass = {}, weighted = {};                                                                                  \

@@ -48,8 +48,8 @@ INLINE void rotate(const char* x, int64_t stride, int64_t rows, int64_t dim, con
             v16 a, b;
             if (with.interleaved) {
                 const v16 e = get(x + 2 * i * S, Bf16, 2 * n), o = n > 8 ? get(x + (2 * i + 16) * S, Bf16, 2 * n - 16) : (v16){};
-                a = __builtin_shufflevector(e, o, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-                b = __builtin_shufflevector(e, o, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+                a = SHUFFLE(e, o, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                b = SHUFFLE(e, o, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
             } else {
                 a = get(x + i * S, Bf16, n), b = get(x + (half + i) * S, Bf16, n);
             }
@@ -61,8 +61,8 @@ INLINE void rotate(const char* x, int64_t stride, int64_t rows, int64_t dim, con
                 p = a * c - b * s, q = b * c + a * s;
             }
             if (with.interleaved) {
-                const v16 e = __builtin_shufflevector(p, q, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-                const v16 o = __builtin_shufflevector(p, q, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+                const v16 e = SHUFFLE(p, q, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                const v16 o = SHUFFLE(p, q, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
                 put(to + 2 * i * S, Bf16, e, 2 * n);
                 if (n > 8) put(to + (2 * i + 16) * S, Bf16, o, 2 * n - 16);
             } else {
@@ -390,6 +390,7 @@ void rotary_attention_cpu(const RotaryAttention& a, int threads) {
             for (int64_t i = task % runs * run; i < end; ++i) tile(first + at, task / runs % shared, i, scratch + at * each);
         });
     }
+    packed.trim();
 }
 
 void residual_norm_cpu(const NormRows& n, int threads) {

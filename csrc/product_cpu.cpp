@@ -275,6 +275,7 @@ void layers_cpu(const std::vector<LayerVisit>& visits, const LayersCall& c, int 
             if (more) project(pass(i + 1), first, n);
         });
     }
+    buffer.trim(), streams.trim();
 }
 #else
 namespace {

@@ -23,7 +23,9 @@ T* as(uintptr_t at) {
     return reinterpret_cast<T*>(at);
 }
 
-int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+constexpr size_t kKept = (32 << 20) + 64;  // bytes that a thread keeps: from here on malloc gives them back at once
 
 // Memory at a multiple of 64, kept for the next call.
 struct Buffer {
@@ -32,6 +34,9 @@ struct Buffer {
     T* get(int64_t n) {
         bytes.resize(std::max<size_t>(bytes.size(), n * sizeof(T) + 64));
         return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) & ~uintptr_t{63});
+    }
+    void trim() {
+        if (bytes.size() > kKept) std::vector<char>().swap(bytes);
     }
 };
 

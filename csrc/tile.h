@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) || defined(__clang__))
+// Not clang: it refuses vectors that pass from a function of one instruction set to an inlined helper of none.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define LOOPMDM_X86 1
 #include <immintrin.h>
 #endif
@@ -34,6 +36,20 @@ INLINE V load(const void* at) {
     return x;
 }
 
+// SHUFFLE(a, b, ...): the lanes of a and b, side by side, that have these numbers.
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE __builtin_shufflevector
+#else
+#define SHUFFLE(a, b, ...) shuffle<__VA_ARGS__>(a, b)
+template <int... Lane, typename V>
+INLINE auto shuffle(V a, V b) {
+    typedef int32_t Lanes __attribute__((vector_size(sizeof(V))));
+    typedef std::remove_reference_t<decltype(a[0])> Some __attribute__((vector_size(sizeof...(Lane) * sizeof(a[0]))));
+    if constexpr (sizeof(Some) == sizeof(V)) return __builtin_shuffle(a, b, Lanes{Lane...});
+    else return Some{a[Lane]...};
+}
+#endif
+
 // A word: one fp32 number, or two bf16, of which a row's last one has only the first (`size` 2).
 INLINE uint32_t word(const char* at, int64_t size) {
     uint32_t x = 0;
@@ -50,8 +66,8 @@ INLINE void swap_blocks(u16 x[16]) {
     for (int i = 0; i < 16; ++i) {
         if (i & S) continue;
         const u16 a = x[i], b = x[i + S];
-        x[i] = __builtin_shufflevector(a, b, LANES(LOW));
-        x[i + S] = __builtin_shufflevector(a, b, LANES(HIGH));
+        x[i] = SHUFFLE(a, b, LANES(LOW));
+        x[i + S] = SHUFFLE(a, b, LANES(HIGH));
     }
 #undef LOW
 #undef HIGH
@@ -190,11 +206,10 @@ INLINE v16 exp24(v16 t) {
 // Over the 16 lanes, halves first.
 #define REDUCE(name, T, V, H, Q, combine)                                                                             \
     INLINE T name(V x) {                                                                                              \
-        const H a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);                                            \
-        const H b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);                                      \
+        const H a = SHUFFLE(x, x, 0, 1, 2, 3, 4, 5, 6, 7), b = SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15);           \
         const H h = combine(a, b);                                                                                    \
-        const Q c = __builtin_shufflevector(h, h, 0, 1, 2, 3), d = __builtin_shufflevector(h, h, 4, 5, 6, 7);         \
-        const Q q = combine(c, d), r = __builtin_shufflevector(q, q, 2, 3, 0, 1), s = combine(q, r);                  \
+        const Q c = SHUFFLE(h, h, 0, 1, 2, 3), d = SHUFFLE(h, h, 4, 5, 6, 7);                                         \
+        const Q q = combine(c, d), r = SHUFFLE(q, q, 2, 3, 0, 1), s = combine(q, r);                                  \
         const T y = s[0], z = s[1];                                                                                   \
         return combine(y, z);                                                                                         \
     }

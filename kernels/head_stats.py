@@ -289,7 +289,7 @@ def groups(
 ) -> None:
     """Launch: best, dot fp32 and total, tempered int32, all [N, ceil(V / 128)], of logits x @ weight.T + bias.
 
-    x [N, D] or, where there is no weight, logits [N, V]; unit stride in a row. weight [V, D] contiguous, suppressed
+    x [N, D] contiguous or, where there is no weight, logits [N, V] of unit stride in a row. weight [V, D], suppressed
     int8 [V], count int64 [1]: rows at or beyond it are left as they were.
     """
     n_rows, depth = x.shape

@@ -17,7 +17,7 @@ With the product made by cuBLAS (`multiplied`) the kernel is its epilogue alone 
 launch: R D (2 + 2 + 2a + 2 + 4/64).
 
 Sums of squares are those of the stream as stored, one fp32 number for each row and 64 columns, each written by one
-program: no atomics, and the same bits whatever the tile.
+program: no atomics.
 """
 
 from __future__ import annotations

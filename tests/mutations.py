@@ -2,8 +2,9 @@
 
     python tests/mutations.py [--list] [-k SUBSTRING] [--part I/N] [--jobs N]
 
-Reads tests/mutations/*.json: [{"file", "old", "new", "tests", "interpret", "rebuild"}]. Every job works on its
-own copy of the repository, which shadows an installed loopmdm through PYTHONPATH; the working tree is never touched.
+Reads tests/mutations/*.json: [{"file", "old", "new", "tests", "interpret", "rebuild", "timeout"}]. Every job works
+on its own copy of the repository, which shadows an installed loopmdm through PYTHONPATH; the working tree is never
+touched. A test that does not end is a failure here unless the entry says "timeout": true.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,11 +32,12 @@ SKIPPED = shutil.ignore_patterns(
 IMPORTED = "import loopmdm, loopmdm.ops, loopmdm.kernels; print(*loopmdm.ops.__path__, *loopmdm.kernels.__path__)"
 RED = 1  # pytest's exit status for failed tests; 2 and above: they did not run
 LIMIT = 300.0
+TIMED_OUT = f"no test had failed after {LIMIT:.0f} s"
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One breakage: `old` becomes `new` in `file`; at least one of `tests` must then fail."""
+    """One breakage: `old` becomes `new` in `file`; one of `tests` must then fail, or with `timeout` not end."""
 
     name: str
     file: str
@@ -43,6 +46,7 @@ class Mutation:
     tests: tuple[str, ...]
     interpret: bool = False
     rebuild: bool = False
+    timeout: bool = False
 
 
 class Copy:
@@ -78,7 +82,10 @@ class Copy:
         )  # fmt: skip
 
     def build(self) -> None:
-        done = self.python("setup.py", "-q", "build_ext", "--inplace")
+        try:
+            done = self.python("setup.py", "-q", "build_ext", "--inplace")
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"the build had not ended after {LIMIT:.0f} s") from None
         if done.returncode:
             raise RuntimeError(f"the build failed: {done.stderr.strip().splitlines()[-1:]}")
 
@@ -96,7 +103,7 @@ class Copy:
                 self.build()
             done = self.pytest(mutation.tests, mutation.interpret)
         except subprocess.TimeoutExpired:
-            return ""  # a loop that no longer ends is red enough
+            return "" if mutation.timeout else TIMED_OUT
         except RuntimeError as error:
             return str(error)
         finally:
@@ -105,12 +112,11 @@ class Copy:
                 library.write_bytes(content)
         if done.returncode == 0:
             return "the tests stayed green"
-        # below zero: the broken code took the process down with it
-        return (
-            ""
-            if done.returncode == RED or done.returncode < 0
-            else f"pytest ended with status {done.returncode}: {_last(done)}"
-        )
+        if done.returncode == -signal.SIGKILL:
+            return "pytest was killed, perhaps for want of memory"
+        # below zero otherwise: the broken code took the process down with it
+        red = done.returncode == RED or done.returncode < 0
+        return "" if red else f"pytest ended with status {done.returncode}: {_last(done)}"
 
     def green(self, tests: Iterable[str], interpret: bool) -> str:
         """Empty when the unmodified copy passes."""
@@ -180,22 +186,24 @@ def main() -> int:
             finally:
                 free.put(copy)
 
-        def attempt(mutation: Mutation) -> bool:
+        def attempt(mutation: Mutation) -> str:
             copy, start = free.get(), time.perf_counter()
             try:
                 problem = copy.try_out(mutation)
             finally:
                 free.put(copy)
             show(mutation, problem, time.perf_counter() - start)
-            return not problem
+            return problem
 
         for problem in pool.map(check, (False, True)):
             if problem:
                 print(f"The unmodified copy is not green, so a red test would prove nothing: {problem}")
                 return 1
-        caught = list(pool.map(attempt, mutations))
-    print(f"{sum(caught)} passed, {len(caught) - sum(caught)} failed")
-    return 0 if all(caught) else 1
+        problems = list(pool.map(attempt, mutations))
+    late = problems.count(TIMED_OUT)
+    failed = len(problems) - problems.count("")
+    print(f"{problems.count('')} passed, {failed} failed" + (f", {late} of them by time" if late else ""))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

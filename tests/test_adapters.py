@@ -1,14 +1,19 @@
 """Every family's layer against an independent plain implementation: logits, gradients, padding, samples, keys."""
 
 import copy
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import loopmdm
 from loopmdm.adapters import as_denoiser, dream, duo, families, llada, mdlm, smdm
 from loopmdm.adapters.family import layer_names
+from loopmdm.adapters.patching import recognise
 from loopmdm.config import LoopConfig
 from loopmdm.errors import InputError
 from loopmdm.model.lm import LoopMDM
@@ -26,6 +31,16 @@ def pair(name, seed=0, **changes):
     """(plain model, patched copy)."""
     model = peers.drawn(name, seed, **changes)
     return model, loopmdm.patch(copy.deepcopy(model))
+
+
+def first_layer(model):
+    return next(module for module in model.modules() if recognise(module))
+
+
+def test_the_package_finds_its_adapters():
+    code = "import loopmdm; assert callable(loopmdm.adapters.as_denoiser)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def blocks_change_something(model, ids):
@@ -138,6 +153,72 @@ def test_dream_masks(kind):
         assert isinstance(out, tuple) and len(out) == 1
         outs.append(out[0])
     assert (outs[0] - outs[1]).abs().max() < 1e-5
+
+
+def test_causality_is_what_the_attention_says_in_each_call():
+    """A Qwen layer's `is_causal` is set and unset by diffusion code at any time; without a mask it decides."""
+    model, patched = pair("qwen3")
+    theirs, ours = first_layer(model), first_layer(patched)
+    x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    rope = (torch.ones(1, 7, 16), torch.zeros(1, 7, 16))
+    tril = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        full, causal = (theirs(x, attention_mask=mask, position_embeddings=rope) for mask in (None, tril))
+        for flag, want, other in ((True, causal, full), (False, full, causal)):
+            ours.self_attn.is_causal = flag
+            got, told = (ours(x, position_embeddings=rope, **kw) for kw in ({}, {"is_causal": not flag}))
+            assert (got - want).abs().max() < 1e-5 < 1e-2 < (got - other).abs().max()
+            assert (told - other).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_that_do_not_run_are_named(name):
+    """Those on a layer and on its projections run; a warning names the others."""
+    model, ids, ran = peers.drawn(name), some_ids(), set()
+    layer = first_layer(model)
+    paths = dict(layer.named_modules())
+    for path, part in paths.items():
+        part.register_forward_hook(lambda *_, path=path: ran.add(path))
+    loopmdm.patch(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        peers.logits(model, ids)
+    named = [str(warning.message).split()[3] for warning in told]
+    assert sorted([*named, *ran]) == sorted(paths) and "" in ran
+    assert all(isinstance(paths[path], nn.Linear) for path in ran - {""})
+    assert not any(isinstance(paths[path], nn.Linear) for path in named)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_every_kind_of_hook_is_named(kind):
+    layer = first_layer(model := loopmdm.patch(peers.drawn("llada")))
+    peers.logits(model, some_ids())
+    getattr(layer.ff_norm, f"register_{kind}_hook")(lambda *_: None)
+    with pytest.warns(UserWarning, match="the hooks on ff_norm do not run"):
+        peers.logits(model, some_ids())
+
+
+class Narrow(nn.Module):
+    """A projection that stores its weight in eight bits and computes in its input's dtype."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x):
+        assert x.dtype in (torch.float32, torch.bfloat16)
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+@pytest.mark.parametrize("name", ["llada", "smdm"])
+def test_a_dtype_that_only_stores_is_not_computed_in(name):
+    model = peers.drawn(name)
+    layer = first_layer(model)
+    path = families()[name].layout(layer).qkv[0]
+    layer.set_submodule(path, Narrow(layer.get_submodule(path).weight))
+    with torch.no_grad():
+        want = peers.logits(model, some_ids())
+        assert (peers.logits(loopmdm.patch(model), some_ids()) - want).abs().max() < 1e-5
 
 
 def greedy(model, prompt, new, shift):

@@ -497,3 +497,17 @@ def test_import_loads_no_triton() -> None:
     code = "import sys, loopmdm.ops.attention; print('triton' in sys.modules, 'flash_attn' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False False"
+
+
+@pytest.mark.parametrize("spans", [False, True])
+def test_asks_torch_about_the_mask_that_it_will_get(spans: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its efficient kernel refuses a mask whose last stride is not 1."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *given: given)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda given: asked.append(given) or True)
+    assert module._torch_refuses("efficient", torch.zeros(3, 5, 6, 8), 2, 2, spans or None) is None
+    mask = asked[0][3]
+    if spans:
+        assert mask.shape == (3, 1, 5, 5) and mask.dtype == torch.bool and mask.stride(-1) == 1
+    else:
+        assert mask is None

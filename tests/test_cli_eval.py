@@ -5,15 +5,17 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from loopmdm import cli
 from loopmdm.diffusion.bounds import likelihood
 from loopmdm.lab.sample import load
 from loopmdm.sampling.depth import DepthTable
 
-from .commands import TEXT, refused, run
+from .commands import QUICK, TEXT, lines, refused, run
 from .helpers import live, tiny
 
 FEW = ["--length", "16", "--windows", "6", "--samples", "2", "--loops", "1,3"]
@@ -109,6 +111,8 @@ def test_one_window_has_no_error(capsys, checkpoint, text, tmp_path):
         (["--length", "41"], "at most the model's 40"),
         (["--by-time", "--bins", "0"], "bins is 0"),
         (["--context", "3"], "--context goes with --rolling"),
+        (["--bins", "8"], "--bins goes with --by-time"),
+        (["--steps", "64"], "--steps goes with --generate N"),
         (["--rolling", "--context", "16"], "context is 16"),
         (["--generate", "1"], "--generate is 1"),
         (["--generate", "2", "--steps", "0"], "steps is 0"),
@@ -144,6 +148,89 @@ def test_eval_refuses_other_tokenizers_and_missing_packages(capsys, words, tmp_p
 
 def test_a_picture_that_cannot_be_drawn(capsys, words, tmp_path):
     assert "--plot ends in" in refused(capsys, *words, "--plot", tmp_path / "a.xyz")
+
+
+# what a run's own recipe says of how it reads
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A run on documents that are shorter than a window, attention within each."""
+    folder = tmp_path_factory.mktemp("packed")
+    docs = [{"text": f"{i}{'abcdef'[i % 6]}" * (1 + i % 3)} for i in range(400)]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
+    words = ["train", "--data", folder / "docs.jsonl", "--out", folder / "run", "--packing", "documents", *QUICK]
+    words += ["--steps", "30", "--lr", "0.01", "--ema", "0", "--eval-every", "30", "--eval-loops", "1,3"]
+    assert cli.main([str(word) for word in words]) == 0
+    return folder / "run"
+
+
+AS_TRAINING = ["--bound", "time", "--samples", "1", "--windows", "128", "--loops", "1,3"]
+
+
+def test_eval_of_packed_documents_is_what_training_measured(capsys, packed, tmp_path):
+    held = lines(packed / "metrics.jsonl")[-1]["valid_bits"]
+    status, out, err = run(capsys, "eval", packed, *AS_TRAINING, "--json", tmp_path / "a.json")
+    assert status == 0, err
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [r["bits_per_character"] for r in report["rows"]] == pytest.approx([held["1"], held["3"]], rel=1e-5)
+    assert "attention within each document" in out and report["measured_on"]["packing"] == "documents"
+    assert report["measured_on"]["trained_on"] is False
+    assert "--rolling reads across documents" in refused(capsys, "eval", packed, "--rolling")
+
+
+def test_compare_reads_each_model_as_it_was_trained(capsys, packed, tmp_path):
+    other = Path(shutil.copytree(packed, tmp_path / "other"))
+    words = ["eval", packed, *AS_TRAINING, "--compare", other, "--json", tmp_path / "a.json"]
+
+    def compared():
+        status, out, err = run(capsys, *words)
+        assert status == 0, err
+        return out, json.loads((tmp_path / "a.json").read_text())["compare"]
+
+    out, found = compared()
+    assert all(r["difference"] == 0 for r in found["rows"]) and found["trained_on"] is False
+    recipe = json.loads((other / "recipe.json").read_text())
+    (other / "recipe.json").write_text(json.dumps({**recipe, "packing": "stream", "data_sha256": "another"}))
+    out, found = compared()
+    assert all(abs(r["difference"]) > 1e-4 for r in found["rows"])
+    assert (found["packing"], found["trained_on"]) == ("stream", True)
+    assert "which reads them with packing stream" in out and f"The recipe of {other} names that text" in out
+
+
+def test_eval_of_a_run_on_answers(capsys, tmp_path):
+    data, out_json = tmp_path / "qa.jsonl", tmp_path / "out.json"
+    rows = [{"q": f"ask {i}", "a": "yes" if i % 2 else "not so"} for i in range(100, 180)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--sft", "--prompt-key", "q", "--answer-key", "a", "--ema", "0", *QUICK]
+    assert run(capsys, "train", "--data", data, "--out", tmp_path / "run", *words)[0] == 0
+    held = lines(tmp_path / "run" / "metrics.jsonl")[-1]["valid_bits"]
+    words = ["eval", tmp_path / "run", "--bound", "time", "--samples", "1", "--loops", "1,2,3", "--json", out_json]
+    status, out, err = run(capsys, *words)
+    assert status == 0, err
+    report = json.loads(out_json.read_text())
+    # prompts are of one length, so that the mean over answers is the mean over tokens
+    assert [r["bits"] for r in report["rows"]] == pytest.approx([held["1"], held["2"], held["3"]], rel=1e-5)
+    assert report["rows"][0]["bits_per_character"] is None and report["measured_on"]["trained_on"] is False
+    assert "4 answers, 36 tokens" in out and "prompts are given" in out
+
+    status, out, err = run(capsys, *words, "--data", data, "--by-time", "--windows", "20")
+    assert status == 0 and "20 answers of 80, spread evenly" in out and "names that text to train on" in out, err
+    few = ["--windows", "8", "--samples", "1", "--bins", "2", "--data", data]
+    assert run(capsys, "schedule", tmp_path / "run", *few, "--budget", "1")[0] == 0
+    plain = tmp_path / "plain.txt"
+    plain.write_text("ask yes not so " * 20)
+    assert "windows of 16 tokens" in run(capsys, *words, "--data", plain)[1]
+    assert "draws text from nothing" in refused(capsys, *words, "--generate", "2")
+    assert "was fine-tuned on answers" in refused(capsys, *words, "--rolling")
+    assert "has no key 'q'" in refused(capsys, *words, "--data", _written(tmp_path / "b.jsonl", '{"x": "y"}'))
+    _written(data, data.read_text().replace("yes", "no"))
+    assert "so what it held out is not known" in refused(capsys, *words)
+
+
+def _written(path, text):
+    path.write_text(text)
+    return path
 
 
 # schedule

@@ -8,15 +8,17 @@ import pytest
 from rich.console import Console
 
 from loopmdm.lab import sample as module
+from loopmdm.lab.corpus import Corpus
 from loopmdm.lab.data import build_tokenizer, decode
 from loopmdm.lab.sample import load, sample
 from loopmdm.lab.watch import FRESH, MASKED, View, printable
 from loopmdm.model.depth import RelativeChange
+from loopmdm.model.lm import LoopMDM
 from loopmdm.sampling.depth import DepthTable
 from loopmdm.sampling.policies import POLICIES
 
 from .commands import files, refused, run
-from .helpers import live, tiny
+from .helpers import live, randomize_, tiny
 
 
 def test_sample_prints_text_and_one_line(capsys, checkpoint):
@@ -68,8 +70,9 @@ def test_sample_leaves_room_for_the_prompt(checkpoint):
         (["--block-length", "0"], "block_length is 0"),
         (["--cfg-scale", "-1"], "cfg_scale is -1.0"),
         (["--policy", "threshold:x"], "it must be a number"),
-        (["--pace", "-1"], "--pace is -1.0"),
-        (["--pace", "nan"], "--pace is nan"),
+        (["--watch", "--pace", "-1"], "--pace is -1.0"),
+        (["--watch", "--pace", "nan"], "--pace is nan"),
+        (["--pace", "0.05"], "--pace goes with --watch"),
     ],
 )
 def test_sample_refuses(capsys, checkpoint, words, message):
@@ -198,6 +201,40 @@ def with_documents(folder):
     return folder
 
 
+def with_its_own_mask(folder):
+    """A checkpoint as LLaDA's and Dream's: the mask is one of the tokenizer's ids, those from 257 on are padding."""
+    tokenizer = build_tokenizer("byte", "")
+    tokenizer.add_special_tokens(["<mask>"])
+    made = tiny(vocab_size=260, mask_token_id=256, pad_token_id=2, max_position_embeddings=40)
+    randomize_(LoopMDM(made)).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_mask_among_the_tokenizer_s_ids(capsys, tmp_path):
+    folder = with_its_own_mask(tmp_path)
+    model, tokenizer = load(folder)
+    assert (model.mask_id, model.suppressed_ids) == (256, (256, 257, 258, 259))
+    words = ["sample", folder, "--prompt", "ab", "--max-new-tokens", "30", "--num-samples", "8", "--json"]
+    made = json.loads(run(capsys, *words)[1])["samples"]
+    assert all(max(s["tokens"]) < 256 and s["text"] == tokenizer.decode(s["tokens"]) for s in made)
+    assert all(s["text"].startswith("ab") for s in made)
+    a, b = tokenizer.encode("ab").ids
+    assert decode(tokenizer, [a, 256, 256, b, 259], None, 256) == "a▒▒b▒"
+    assert "has no end of a document" in refused(capsys, *words, "--stop")
+    drawn = frames(folder, prompt="a", max_new_tokens=20, steps=3)
+    text = drawn[0][0].renderables[0].renderable
+    masked = int((drawn[0][1] == 256).sum())
+    assert text.plain.count("▒") == masked > 0 and "␃" not in text.plain
+    (tmp_path / "text.txt").write_text("abc def.\n" * 30)
+    few = ["--data", tmp_path / "text.txt", "--length", "16", "--windows", "6", "--samples", "1", "--loops", "1,2"]
+    for command in (["eval", folder], ["schedule", folder, "--budget", "1"]):
+        status, _, err = run(capsys, *command, *few)
+        assert status == 0, err
+    Corpus.build([tmp_path / "text.txt"], tmp_path / "corpus", tokenizer)
+    assert "ends documents with id 257" in refused(capsys, "eval", folder, "--data", tmp_path / "corpus")
+
+
 def test_ends_of_documents(capsys, checkpoint, tmp_path):
     folder = with_documents(tmp_path)
     words = ["sample", folder, "--max-new-tokens", "30", "--num-samples", "4", "--json"]
@@ -226,7 +263,7 @@ def terminal(height=24, width=60):
     )
 
 
-def frames(folder, **options):
+def frames(folder, prompt="the cat", **options):
     """What the view drew at each step, as rich's objects, and the View."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
@@ -238,7 +275,7 @@ def frames(folder, **options):
             return drawn
 
         patch.setattr(View, "frame", keep)
-        sample(folder, "the cat", watch=options.pop("console", terminal()), **options)
+        sample(folder, prompt, watch=options.pop("console", terminal()), **options)
     return seen
 
 
@@ -297,7 +334,7 @@ def test_watch_leaves_the_samples_alone_and_takes_no_time_from_them(checkpoint):
 
 
 def test_watch_without_a_terminal_prints_the_end_alone(capsys, checkpoint):
-    words = ["sample", checkpoint, "--steps", "4", "--max-new-tokens", "12", "--num-samples", "2", "--pace", "0"]
+    words = ["sample", checkpoint, "--steps", "4", "--max-new-tokens", "12", "--num-samples", "2"]
     plain = run(capsys, *words)[1].rpartition("\n\n")[0]
-    status, out, _ = run(capsys, *words, "--watch")
+    status, out, _ = run(capsys, *words, "--watch", "--pace", "0")
     assert status == 0 and out.rpartition("\n\n")[0] == plain and "\x1b" not in out

@@ -1,5 +1,6 @@
 """`loopmdm train`: what it makes and prints, and one clear sentence for everything that is wrong."""
 
+import fcntl
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 from dataclasses import fields
 
 import pytest
@@ -19,7 +21,7 @@ from loopmdm import cli
 from loopmdm.cli import common
 from loopmdm.config import PRESETS
 from loopmdm.diffusion.bounds import likelihood
-from loopmdm.lab import monitor
+from loopmdm.lab import monitor, text_run
 from loopmdm.lab.corpus import Corpus
 from loopmdm.lab.data import build_tokenizer
 from loopmdm.lab.feed import AnswerFeed
@@ -80,7 +82,8 @@ def test_validation_bits_are_bits_a_character(capsys, text, tmp_path):
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_train_with_other_tokenizers(capsys, text, tmp_path, kind):
-    words = ["--tokenizer", kind, "--vocab-size", "270", "--eval-loops", "3,1", "--eval-windows", "2", "--ema", "0"]
+    words = ["--tokenizer", kind, "--eval-loops", "3,1", "--eval-windows", "2", "--ema", "0"]
+    words += ["--vocab-size", "270"] if kind == "bpe" else []
     status, out, err = run(capsys, "train", "--data", text, text, "--out", tmp_path / "run", *QUICK, *words)
     assert status == 0, err
     assert list(lines(tmp_path / "run" / "metrics.jsonl")[0]["valid_bits"]) == ["1", "3"]
@@ -151,6 +154,15 @@ def test_warns_when_loops_do_nothing(capsys, text, tmp_path, monkeypatch):
         (["--backprop-loops", "1", "--set", "also=2:1"], "backprop_loops needs a model with one looped block"),
         (["--sft", "--packing", "documents"], "sft holds its answers in memory"),
         (["--sft"], "is not a .jsonl file"),
+        (["--t-start", "0.4"], "--t-start does nothing without --t-ramp; leave it out"),
+        (["--t-ramp", "0.4"], "--t-ramp does nothing without --t-start; leave it out"),
+        (["--vocab-size", "300"], "--vocab-size does nothing without --tokenizer bpe"),
+        (["--vocab-size", "300", "--tokenizer", "byte"], "--vocab-size does nothing without --tokenizer bpe"),
+        (["--prompt-key", "q"], "--prompt-key does nothing without --sft"),
+        (["--answer-key", "a"], "--answer-key does nothing without --sft"),
+        (["--matrix-lr", "0.1"], "--matrix-lr does nothing without --optimizer muon"),
+        (["--decay", "constant", "--decay-share", "0.1"], "--decay-share does nothing with --decay constant"),
+        (["--loops", "2", "--loop-distribution", "uniform"], "--loop-distribution does nothing with --loops"),
     ],
 )
 def test_train_refuses_before_it_makes_anything(capsys, text, tmp_path, words, message):
@@ -168,6 +180,17 @@ def test_train_refuses_files(capsys, tmp_path, content, message):
     if content is not None:
         (tmp_path / "text").write_bytes(content)
     assert message in refused(capsys, "train", "--data", tmp_path / "text", "--out", tmp_path / "run", *QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_is_left_of_a_run_that_did_not_begin(text, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(text_run, "Trainer", fail)
+    with pytest.raises(error):
+        text_run.train(tmp_path / "run", Recipe(), Settings(data=[str(text)], length=16))
     assert not (tmp_path / "run").exists()
 
 
@@ -251,6 +274,36 @@ def test_ctrl_c_from_outside(text, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130 and "Sample from it: loopmdm sample" in rest
+    load(tmp_path / "run")
+
+
+def test_a_terminal_that_goes_away(text, tmp_path):
+    """A hang-up: the step in progress ends and is saved, though nothing can be printed any more."""
+    ours, theirs = os.openpty()
+
+    def own_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, "-m", "loopmdm.cli", "train", "--data", text, "--out", tmp_path / "run", *QUICK]
+    process = subprocess.Popen(
+        [*map(str, command), "--steps", "100000", "--eval-every", "20", "--save-every", "50000"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=own_terminal,
+    )
+    os.close(theirs)
+    try:
+        shown = b""
+        while b"validation" not in shown.partition(b"Training:")[2]:
+            shown += os.read(ours, 4096)
+        os.close(ours)
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    assert len(Checkpoints(tmp_path / "run" / "checkpoints").steps()) == 1
     load(tmp_path / "run")
 
 
@@ -403,13 +456,17 @@ def test_the_progress_bar_names_the_unit():
 
 
 def test_a_model_whose_ids_are_others_is_refused(capsys, text, trained, tmp_path):
-    live(tiny()).save_pretrained(tmp_path / "model")
+    live(tiny(vocab_size=12)).save_pretrained(tmp_path / "model")
     build_tokenizer("char", "abcdefghij").save(str(tmp_path / "model" / "tokenizer.json"))
     words = ["--data", text, "--init", tmp_path / "model", "--out", tmp_path / "run", "--length", "16"]
     assert "is not among the tokenizer's 10" in refused(capsys, "train", *words)
-    (tmp_path / "letters").write_text("abcdefghij" * 200)
-    words[1] = tmp_path / "letters"
-    assert "the data take 12 ids, the last of them the mask; the model has 11" in refused(capsys, "train", *words)
+    for letters in ("abcdefghijkl", "abcdefghijk", "abc"):  # the mask among the tokenizer's ids, next to them, far off
+        build_tokenizer("char", letters).save(str(tmp_path / "model" / "tokenizer.json"))
+        size = len(letters)
+        assert refused(capsys, "train", *words) == (
+            f"{tmp_path / 'model'} cannot be trained on text: a corpus takes its tokenizer's {size} ids, then {size} "
+            f"as the end of a document and {size + 1} as the mask; the model has 12 ids, 11 as its mask"
+        )
     assert not (tmp_path / "run").exists()
     status, _, err = run(capsys, "train", "--data", text, "--init", trained, "--out", tmp_path / "on", *QUICK[:8])
     assert status == 0, err

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import loopmdm
 from loopmdm.cli.common import overrides
-from loopmdm.config import PRESETS, LoopConfig, ModelConfig, preset
-from loopmdm.errors import InputError
+from loopmdm.config import PRESETS, LoopConfig, ModelConfig, check_loops, preset
+from loopmdm.errors import InputError, whole
 from loopmdm.model.lm import LoopMDM
 
 from .helpers import tiny
@@ -80,6 +81,28 @@ def test_defaults_and_overrides():
     changed = config.replace(start=0, length=4, boundary="anchored", dropout=0.1)
     assert changed.loop == LoopConfig(0, 4, 12, "anchored") and changed.dropout == 0.1
     assert config.loop == LoopConfig(1, 2, 12, "plain")
+
+
+def test_another_loop_and_its_fields():
+    """A whole LoopConfig, or its mapping, in `replace`; what is given beside it is set in it."""
+    config = preset("tiny-llama")
+    assert config.replace(loop=LoopConfig(0, 1), max_loops=3).loop == LoopConfig(0, 1, 3)
+    assert config.replace(loop=LoopConfig(0, 1, also=((2, 1),))).loop == LoopConfig(0, 1, also=((2, 1),))
+    assert config.replace(loop={"start": 0}, boundary="anchored").loop == LoopConfig(0, boundary="anchored")
+    with pytest.raises(InputError, match="loop is 3"):
+        config.replace(loop=3, max_loops=2)
+
+
+def test_numpy_s_numbers():
+    config = preset("tiny-llama", hidden_size=np.int64(64), max_loops=np.int32(5))
+    assert json.loads(json.dumps(config.to_dict()))["hidden_size"] == 64 and config.loop.max_loops == 5
+    assert type(check_loops(np.int64(2))) is int and type(whole("steps", np.uint8(3))) is int
+    for wrong in (np.bool_(True), np.float64(2.0), np.int64(0), np.array([2, 3])):
+        for check in (check_loops, lambda n: whole("n", n)):
+            with pytest.raises(InputError, match="whole number"):
+                check(wrong)
+    with pytest.raises(InputError, match="hidden_size is"):
+        preset("tiny-llama", hidden_size=np.float64(64))
 
 
 def test_what_hangs_on_another_field_moves_with_it():

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import loopmdm
 from loopmdm.adapters import convert, unpickle, weights
 from loopmdm.adapters.parity import check_parity
+from loopmdm.cli import main
 from loopmdm.errors import InputError
 
 from . import peer_layers
@@ -292,6 +293,38 @@ def test_settings_that_would_silently_change_the_numbers(tmp_path, name, change)
     assert not (tmp_path / "y").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dream", {"rope_theta": None}),
+        ("dream", {"num_hidden_layers": "3"}),
+        ("llada", {"rope_theta": None}),
+        ("llada", {"mlp_hidden_size": None, "mlp_ratio": None}),
+        ("smdm", {"padded_vocab_size": "12"}),
+        ("mdlm", {"model": {**CONFIGS["mdlm"]["model"], "hidden_size": None}}),
+    ],
+)
+def test_settings_of_a_wrong_kind_get_one_sentence(tmp_path, name, change):
+    source = written(tmp_path / "in", name)
+    with pytest.raises(InputError) as error:
+        convert.to_loopmdm(source, tmp_path / "x", name, config={**CONFIGS[name], **change})
+    assert f"the {name} configuration has a setting that does not fit (TypeError: " in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "x").exists()
+    convert.to_loopmdm(source, tmp_path / "ours", name)
+    note = json.loads((tmp_path / "ours/source.json").read_text())
+    (tmp_path / "ours/source.json").write_text(json.dumps({**note, "config": {**note["config"], **change}}))
+    with pytest.raises(InputError, match="has a setting that does not fit"):
+        convert.from_loopmdm(tmp_path / "ours", tmp_path / "x", name)
+
+
+@pytest.mark.parametrize("size", [10**12, 10**30])
+def test_settings_beyond_any_memory(tmp_path, size):
+    source = written(tmp_path / "in", "llada")
+    with pytest.raises(InputError) as error:
+        convert.to_loopmdm(source, tmp_path / "x", "llada", config={**CONFIGS["llada"], "d_model": H * size})
+    assert "\n" not in str(error.value) and not (tmp_path / "x").exists()
+
+
 def described(config):
     """A peer's configuration as its config.json would have it."""
     return {k: described(v) if isinstance(v, types.SimpleNamespace) else v for k, v in vars(config).items()}
@@ -386,6 +419,40 @@ def test_lightning(tmp_path, which):
     assert not {"omegaconf", "no_such_tokenizers", "omegaconf.dictconfig"} & set(sys.modules)
 
 
+@pytest.mark.parametrize("tokenizer", ["bert-base-uncased", "google-bert/bert-base-cased", "text8"])
+def test_mdlm_takes_the_mask_token_of_its_tokenizer(tmp_path, tokenizer):
+    """Its id is in no file; the last id, which is right where a tokenizer has none, would be another token."""
+    settings = {**CONFIGS["mdlm"], "data": {"tokenizer_name_or_path": tokenizer}}
+    state = lightning(tmp_path / "last.ckpt", settings=settings, ema=False)
+    with pytest.raises(InputError, match=f"is the mask token of {tokenizer.rpartition('/')[2]}, .* give it as mask_id"):
+        convert.to_loopmdm(tmp_path / "last.ckpt", tmp_path / "ours", "mdlm")
+    assert not (tmp_path / "ours").exists()
+    done = convert.to_loopmdm(tmp_path / "last.ckpt", tmp_path / "ours", "mdlm", mask_id=4)
+    assert (
+        main(["convert", "--from", "mdlm", "--mask-id", "4", str(tmp_path / "last.ckpt"), str(tmp_path / "cli")]) == 0
+    )
+    assert loopmdm.LoopMDM.from_pretrained(tmp_path / "cli").mask_id == 4
+    assert done.config.mask_token_id == loopmdm.LoopMDM.from_pretrained(tmp_path / "ours").mask_id == 4
+    convert.from_loopmdm(tmp_path / "ours", tmp_path / "back", "mdlm")
+    equal(load_file(tmp_path / "back/model.safetensors"), state)
+    convert.to_loopmdm(tmp_path / "back", tmp_path / "again", "mdlm")
+    assert loopmdm.LoopMDM.from_pretrained(tmp_path / "again").mask_id == 4
+    for i, (change, mask) in enumerate([({"mask_index": 3}, 3), ({"data": {"tokenizer_name_or_path": "gpt2"}}, V - 1)]):
+        done = convert.to_loopmdm(tmp_path / "last.ckpt", tmp_path / str(i), "mdlm", config={**settings, **change})
+        assert done.config.mask_token_id == mask
+
+
+@pytest.mark.parametrize(("name", "mask_id"), [("mdlm", 2), ("llada", 2), ("dream", 2), ("smdm", V - 1)])
+def test_a_mask_id_is_taken_or_refused(tmp_path, name, mask_id):
+    source = written(tmp_path / "in", name)
+    assert convert.to_loopmdm(source, tmp_path / "a", name, mask_id=mask_id).config.mask_token_id == mask_id
+    if name == "smdm":
+        with pytest.raises(InputError, match="mask_id is 2; a smdm model of this configuration has 12"):
+            convert.to_loopmdm(source, tmp_path / "b", name, mask_id=2)
+    with pytest.raises(InputError, match=f"mask_id is {V}|mask_token_id is {V}, outside"):
+        convert.to_loopmdm(source, tmp_path / "b", name, mask_id=V)
+
+
 def test_an_average_that_does_not_fit(tmp_path):
     lightning(tmp_path / "none.ckpt", ema=False)
     with pytest.raises(InputError, match="no moving average; convert it with --weights raw"):
@@ -460,6 +527,9 @@ def test_refusals_of_the_command(tmp_path, capsys):
     assert "no file or folder" in refused(capsys, "convert", "--from", "dream", tmp_path / "none", tmp_path / "x")
     assert "--weights goes with --from" in refused(
         capsys, "convert", "--to", "dream", "--weights", "raw", source, tmp_path / "x"
+    )
+    assert "--mask-id goes with --from" in refused(
+        capsys, "convert", "--to", "dream", "--mask-id", 3, source, tmp_path / "x"
     )
     assert "is not a LoopMDM configuration" in refused(capsys, "convert", "--to", "dream", source, tmp_path / "x")
     (source / "config.json").unlink()

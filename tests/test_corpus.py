@@ -1,6 +1,8 @@
 """Corpora on disk: what is written, what is held out, windows and their order, and everything that can go wrong."""
 
 import bz2
+import errno
+import fcntl
 import gzip
 import json
 import lzma
@@ -21,6 +23,7 @@ from loopmdm.errors import InputError
 from loopmdm.lab import corpus as corpora
 from loopmdm.lab import data, prepare, sources
 from loopmdm.lab.corpus import Corpus
+from loopmdm.lab.run import RunFolder
 from loopmdm.lab.sft import SFTData
 
 WORDS = [
@@ -250,6 +253,8 @@ BAD = [
     ("a.jsonl", b'{"text": " "}\n{"text": ""}', "no text in what was given, only blank documents"),
     ("a.txt.xz", b"plain", "a.txt.xz is damaged, or no .xz file"),
     ("a.txt.gz", b"plain", "a.txt.gz is damaged, or no .gz file"),
+    ("a.txt.gz", gzip.compress(b"x")[:10] + b"\xff" * 99, "a.txt.gz is damaged, or no .gz file .*invalid block type"),
+    ("a.txt.bz2", b"plain", "cannot read .*a.txt.bz2: Invalid data stream"),
     ("a.jsonl.xz", lzma.compress(b'{"text": "x"}' * 999)[:-30], "a.jsonl.xz is damaged"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 999)[:-12], "a.jsonl.gz is damaged"),
     ("a.txt", None, "cannot read .*a.txt: No such file"),
@@ -283,6 +288,22 @@ def test_bad_calls(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"folder .*empty has no file that ends in .txt"):
         Corpus.build([tmp_path / "empty"], tmp_path / "c", "byte")
+
+
+def test_text_to_validate_on_is_not_trained_on(tmp_path):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "train.txt").write_text("abc" * 100)
+    (folder / "valid.txt").write_text("abd" * 50)
+    (tmp_path / "link.txt").symlink_to(folder / "valid.txt")
+    for valid in (folder / "valid.txt", folder / ".." / "f" / "valid.txt", tmp_path / "link.txt"):
+        with pytest.raises(InputError, match=r"f/valid.txt is among the text to train on, so it cannot be validated"):
+            Corpus.build([folder], tmp_path / "c", "byte", valid_sources=[valid])
+    with pytest.raises(InputError, match="hf:a/b is among the text to train on"):
+        Corpus.build([folder, "hf:a/b"], tmp_path / "c", "byte", valid_sources=["hf:a/b"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "link.txt"]
+    built = Corpus.build([folder / "train.txt"], tmp_path / "c", "byte", valid_sources=[folder / "valid.txt"])
+    assert len(built.valid) == 151
 
 
 def test_blank_documents_are_counted(tmp_path):
@@ -469,6 +490,16 @@ def test_two_builders_take_turns(plain, monkeypatch):
     assert most == [1] and len(built) == 1 and len(done) == 3
     assert sum(line.startswith("waiting for another process") for line in said) == 2
     assert sum(line.startswith("reusing") for line in said) == 2
+
+
+def test_a_file_system_without_locks(plain, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert Corpus.build([plain[0]], tmp_path / "new", "byte").eos_id == 256
+    with RunFolder(tmp_path / "run", {}):
+        assert (tmp_path / "run" / "lock").read_text() == f"{os.getpid()}\n"
 
 
 def test_a_full_disk(plain, tmp_path, monkeypatch):

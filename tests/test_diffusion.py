@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -375,6 +378,88 @@ def test_time_conditioned_models_get_sigma():
     torch.testing.assert_close(out[0].per_sequence[1], out[1].per_sequence[1])
 
 
+def test_a_mask_needs_its_times(toy):
+    """Without them the weights would be those of times that the mask was not drawn at."""
+    for objective in ("nelbo", "masked_mean"):
+        with pytest.raises(InputError, match=r"mask is given without t; give the times \[B\]"):
+            nelbo(toy, ids(2, T, V, masks=0), mask=torch.ones(2, T).bool(), objective=objective)
+
+
+PARALLEL = """
+import sys
+from functools import partial
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from loopmdm import LoopMDM, NELBOLoss, nelbo
+from loopmdm.diffusion import sft
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+def made():
+    torch.manual_seed(0)
+    model = LoopMDM.from_preset("tiny-llama", zero_init_output=False, vocab_size=31).double()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    return model
+
+tokens = torch.arange(64).view(4, 16) % 30
+mine = torch.arange(2) + 2 * rank
+given = dict(num_loops=3, step=5, global_batch=4)
+seen = {}
+for name, function in (("nelbo", nelbo), ("sft", partial(sft, prompt_lengths=[3, 3]))):
+    loss = DistributedDataParallel(NELBOLoss(made(), function))
+    result = loss(tokens[mine], index=mine, **given)
+    result.loss.backward()
+    seen[name] = [float(result.loss)] + [p.grad for p in loss.parameters()]
+loss = NELBOLoss(made())
+mesh = init_device_mesh("cpu", (2,))
+for layer in loss.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(loss, mesh=mesh)
+assert all(isinstance(p, DTensor) for p in loss.parameters())
+result = loss(tokens[mine], index=mine, **given)
+result.loss.backward()
+seen["shards"] = [float(result.loss)] + [p.grad.full_tensor() for p in loss.parameters()]
+try:
+    nelbo(DistributedDataParallel(made()), tokens)
+except ValueError as error:
+    seen["refused"] = str(error)
+if rank == 0:
+    whole = {}
+    for name, function in (("nelbo", nelbo), ("sft", partial(sft, prompt_lengths=[3] * 4))):
+        model = made()
+        function(model, tokens, **given).loss.backward()
+        whole[name] = [p.grad for p in model.parameters()]
+    torch.save([seen, whole], sys.argv[1])
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_the_loss_under_ddp_and_fully_shard(tmp_path):
+    """Two processes, each with half of the batch, have the gradients of one with all of it."""
+    (tmp_path / "parallel.py").write_text(PARALLEL)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, "parallel.py", "result"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    seen, whole = torch.load(tmp_path / "result")
+    for got, want in (("nelbo", "nelbo"), ("sft", "sft"), ("shards", "nelbo")):
+        for a, b in zip(seen[got][1:], whole[want], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert seen["shards"][0] == seen["nelbo"][0]
+    assert "DistributedDataParallel has no hidden()" in seen["refused"] and "NELBOLoss(model)" in seen["refused"]
+
+
 def test_training_lowers_the_bound():
     """Thirty steps on one sequence, known by heart at the end."""
     model = live(tiny("llama", boundary="anchored", positions="learned")).train()
@@ -409,9 +494,10 @@ def test_data_that_would_go_wrong_silently(change, words):
         nelbo(model, arguments.pop("tokens"), **arguments)
 
 
-def test_packed_documents_reach_the_model():
+@pytest.mark.parametrize("shift", [0, 1])
+def test_packed_documents_reach_the_model(shift):
     """Two documents packed in a row have the loss of each alone."""
-    model = live(tiny(vocab_size=7))
+    model = live(tiny(vocab_size=7, logit_shift=shift))
     row = torch.tensor([[1, 2, 3, 4, 5, 0, 1, 2]])
     mask = torch.tensor([[True, False, True, True, False, True, True, False]])
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
@@ -486,8 +572,10 @@ def test_fine_tuning_by_hand(toy):
     assert summed.loss.item() == pytest.approx((weighted.sum() / (24 - 8)).item())
 
 
-def test_fine_tuning_ignores_padding(toy):
+@pytest.mark.parametrize("shift", [0, 1])
+def test_fine_tuning_ignores_padding(toy, shift, monkeypatch):
     """A wider batch: same loss, same gradients; and lengths count real tokens, wherever the padding is."""
+    monkeypatch.setattr(toy, "logit_shift", shift)
     tokens = dialogue()
     mask, t = torch.rand(3, 8) < 0.6, torch.tensor([0.4, 0.7, 0.9], dtype=torch.float64)
     padding = torch.full((3, 4), 2)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from loopmdm.diffusion.bounds import Likelihood, TimeProfile, likelihood, rolling
+from loopmdm.diffusion.bounds import Likelihood, TimeProfile, likelihood, nelbo_by_time, rolling
 from loopmdm.errors import InputError
 from loopmdm.lab import measured
 from loopmdm.lab.budget import spend, total
@@ -147,6 +147,48 @@ def test_what_the_recipe_beside_a_model_tells(copy, text, tmp_path):
     (run / "recipe.json").write_text(json.dumps({"length": 8, "data": [str(tmp_path)]}))
     found = measured.read(run, *model, [other])
     assert found.trained_on is True and "not figures of unseen text" in found.describe()[1]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"body": TEXT, "text": TEXT}))
+    for spec in (str(lines), f"{lines}#body"):
+        (run / "recipe.json").write_text(json.dumps({"data": [spec]}))
+        assert measured.read(run, *model, [f"{lines}#body"]).trained_on is True
+        assert measured.read(run, *model, [other]).trained_on is False
+
+
+def test_a_corpus_is_unseen_only_by_the_run_that_held_its_text_out(text, tmp_path):
+    corpus = Corpus.build([text], tmp_path / "corpus", "char")
+    size = corpus.vocab_size
+    live(tiny(vocab_size=size, mask_token_id=size - 1)).save_pretrained(tmp_path / "run" / "model")
+    corpus.tokenizer.save(str(tmp_path / "run" / "model" / "tokenizer.json"))
+    run = tmp_path / "run"
+    model = load(run)
+
+    def known(**recipe):
+        (run / "recipe.json").write_text(json.dumps(recipe))
+        return measured.read(run, *model, [tmp_path / "corpus"]).trained_on
+
+    assert known(data=[str(text)], data_sha256=corpus.sha256) is False
+    assert known(data=[str(text)], data_sha256="of another split") is True
+    assert known(data=["elsewhere.txt"]) is False and known() is None
+
+
+def test_documents_stay_apart_where_the_recipe_says_so(copy, tmp_path):
+    run = tmp_path / "run"
+    copy.rename(run.joinpath("model")) if run.mkdir() is None else None
+    model, tokenizer = load(run)
+    docs = [TEXT[i : i + 5 + i % 9] for i in range(0, 600, 15)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in [*docs, " "]))
+    (run / "recipe.json").write_text(json.dumps({"length": 16, "packing": "documents"}))
+    where = measured.read(run, model, tokenizer, [tmp_path / "docs.jsonl"])
+    number = [i for i, d in enumerate(docs) for _ in d][: where.of * 16]
+    want = torch.tensor(number).view(-1, 16)
+    assert torch.equal(where.document_ids.diff(dim=1), want.diff(dim=1))
+    bound = likelihood(model, where.windows, num_loops=[2], bound="count", samples=1, document_ids=want)
+    assert torch.equal(measure(model, where, [2], samples=1).nats, bound.nats)
+    edges = torch.linspace(1e-3, 1, 3, dtype=torch.float64)
+    bins = nelbo_by_time(model, where.windows, [2], edges, document_ids=want)
+    assert torch.equal(time_profile(model, where, [2], 2, samples=1).nats, bins.nats)
+    assert "attention within each document" in where.describe()[0]
 
 
 def test_a_run_measures_on_what_it_held_out(text, tmp_path):
@@ -156,6 +198,8 @@ def test_a_run_measures_on_what_it_held_out(text, tmp_path):
     made.save_pretrained(tmp_path / "run" / "model")
     corpus.tokenizer.save(str(tmp_path / "run" / "model" / "tokenizer.json"))
     run = tmp_path / "run"
+    recipe = {"data": [str(text)], "data_sha256": corpus.sha256}
+    (run / "recipe.json").write_text(json.dumps(recipe))
     found = measured.read(run, *load(run), length=10)
     held = torch.from_numpy(corpus.valid.tokens.astype("int64"))
     assert torch.equal(found.windows.flatten(), held[: found.of * 10]) and found.trained_on is False

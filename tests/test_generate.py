@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loopmdm.diffusion import Linear, nelbo
 from loopmdm.errors import InputError
 from loopmdm.model.denoiser import Denoiser
 from loopmdm.model.depth import RelativeChange
@@ -112,8 +114,39 @@ def test_kinds_of_prompt(model):
     assert torch.equal(want, generate(model, [tuple(r) for r in tensor.tolist()], steps=2).tokens)
     assert torch.equal(want[:1], generate(model, tensor[0], steps=2).tokens)
     assert torch.equal(want[:1], generate(model, tensor[0].tolist(), steps=2).tokens)
+    array = tensor.numpy()
+    for same_ in (array, list(array), [list(row) for row in array], [row.clone() for row in tensor]):
+        assert torch.equal(want, generate(model, same_, steps=2).tokens)
+    assert torch.equal(want[:1], generate(model, array[0], steps=2).tokens)
+    assert torch.equal(want[:1], generate(model, list(array[0]), steps=2).tokens)
     free = generate(model, None, max_new_tokens=4, batch_size=2, steps=2)
     assert free.tokens.shape == (2, 4) and free.tokens.dtype == torch.int64
+
+
+def test_numpy_s_numbers(model):
+    """Every whole number and list of them may be NumPy's."""
+    given_ = {
+        "prompt": [[1, 2], [3, 4]], "max_new_tokens": 6, "steps": 4, "num_loops": 2, "top_k": 5, "block_length": 3,
+        "eos_id": 4, "suppress": [5], "row_seeds": [3, 2**64 - 1], "policy": "ancestral",
+    }  # fmt: skip
+
+    def numpy_s(value):
+        if isinstance(value, list):
+            return (
+                np.array(value, dtype=np.uint64 if max(value) > 9 else None)
+                if type(value[0]) is int
+                else np.array(value)
+            )
+        return np.int64(value) if isinstance(value, int) else value
+
+    want = generate(model, **given_).tokens
+    assert torch.equal(want, generate(model, **{name: numpy_s(value) for name, value in given_.items()}).tokens)
+    one = generate(model, max_new_tokens=4, policy="ancestral", seed=3).tokens
+    assert torch.equal(one, generate(model, max_new_tokens=4, policy="ancestral", seed=np.int64(3)).tokens)
+    tokens = ids(2, 5, masks=0)
+    passes = [model.hidden(tokens, num_loops=n) for n in (2, np.int64(2))]
+    losses = [nelbo(model, tokens, num_loops=n, seed=n, step=n, global_batch=n).loss for n in (2, np.int64(2))]
+    assert torch.equal(*passes) and torch.equal(*losses)
 
 
 def test_padding_is_marked_for_the_denoiser():
@@ -361,6 +394,14 @@ def test_blocks_in_order(name, steps):
     assert (when[:, 1:].min(-1).values > when[:, :-1].max(-1).values).all()
 
 
+def test_more_blocks_than_the_usual_steps():
+    """A step a block where no steps are given."""
+    model = Coarse()
+    out = generate(model, [[7] * 70, [7] * 3], block_length=1)
+    assert out.nfe == 70 and out.revealed_at[0].tolist() == list(range(70))
+    assert generate(model, [7] * 70, block_length=2).nfe == 64
+
+
 def test_blocks_without_steps_follow_one_another_at_once():
     out = generate(Coarse(), [7] * 6, policy=Threshold(0.0), block_length=2)
     assert out.revealed_at.tolist() == [[0, 0, 1, 1, 2, 2]]
@@ -485,6 +526,8 @@ def test_time_conditioned_models_are_told_the_time():
     model = live(tiny("dit", time_conditioning=True))
     for policy in ("ancestral", "first_hitting", "threshold"):
         assert MASK not in generate(model, max_new_tokens=5, batch_size=2, policy=policy, cfg_scale=1.0).tokens
+    with pytest.raises(InputError, match="sigma is not finite"):
+        generate(model, max_new_tokens=5, schedule=Linear(0.0))
 
 
 def test_each_sequence_is_told_its_own_time():

@@ -238,7 +238,11 @@ def test_what_top_k_and_top_p_keep(k: int | None, p: float | None) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_layouts(impl: str) -> None:
-    """Strided hidden states and logits, also with stride 0, and no rows."""
+    check_layouts(impl)
+
+
+def check_layouts(impl: str) -> None:
+    """Strided hidden states and logits, also with stride 0, no rows; what names the noise strided or expanded."""
     inputs = problem(12, 40, 300)
     wide = torch.randn(12, 120)
     wide[:, ::3] = inputs["hidden"]
@@ -251,6 +255,10 @@ def test_layouts(impl: str) -> None:
     same(*(logit_stats(x, **noise(12), temperature=1.0, impl=impl) for x in (row.expand(12, -1), row.repeat(12, 1))))
     empty = {name: t if name in ("weight", "bias") else t[:0] for name, t in inputs.items()}
     assert head_stats(**empty, temperature=1.0, impl=impl).token.shape == (0,)
+    views: dict[str, Any] = {name: torch.tensor([9]).expand(12) for name in ("seeds", "steps")}
+    views |= {"positions": torch.arange(36)[::3], "tokens": torch.tensor([3, 0, -1, 0] * 6)[::2]}
+    dense = {name: t.clone(memory_format=torch.contiguous_format) for name, t in views.items()}
+    same(*(head_stats(**{**inputs, **named}, temperature=1.0, impl=impl) for named in (views, dense)))
 
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,8 +273,11 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BAD = [
     ({"hidden": torch.zeros(3, 5)}, "hidden is"),
+    ({"hidden": torch.zeros(3, 0), "weight": torch.zeros(6, 0)}, "D and V at least 1"),
     ({"hidden": torch.zeros(3, 4).bfloat16()}, "cast one"),
+    ({"weight": torch.zeros(6, 4, device="meta")}, "hidden is on cpu and weight on meta"),
     ({"bias": torch.zeros(5)}, "bias is"),
+    ({"bias": torch.zeros(6, device="meta")}, "hidden is on cpu and bias on meta"),
     ({"temperature": -1.0}, "temperature"),
     ({"temperature": NAN}, "temperature"),
     ({"seeds": None}, "seeds and positions"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -531,3 +533,22 @@ def test_tolerance_sees_an_error() -> None:
             if p.get(name) is not None and not (name == "rope" and "rows" in p):
                 other = layer(**(p | {name: None}), impl="torch")
                 assert (base - other).abs().max() > 2 * OP.tolerance[BF16] * base.abs().max()
+
+
+@runs
+def test_a_large_call_keeps_no_memory() -> None:
+    """The activations between the products of 65536 tokens are 64 MiB."""
+    code = (
+        "import resource, torch\n"
+        "from loopmdm.ops.layer import Around, Form, Weights, layer\n"
+        "def held(): return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
+        "def product(n, k): return torch.ones(n, k, dtype=torch.bfloat16), None\n"
+        "weights = Weights(product(384, 128), product(128, 128), product(64, 128), product(128, 64))\n"
+        "def call(n): layer(torch.ones(n, 16, 128), weights, Form(8, 8, 16, 'relu2'), Around(), impl='cpp')\n"
+        "call(1)\n"
+        "before = held()\n"
+        "call(4096)\n"
+        "assert held() - before < 32 << 20, held() - before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

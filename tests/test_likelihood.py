@@ -407,7 +407,7 @@ def test_windows_against_the_conditional_bound(toy):
 
 
 class Split:
-    """A Denoiser that runs a model on parts of a row one by one, as if each were a sequence."""
+    """A Denoiser that runs a model on parts of a row as if each were a sequence, and undoes its shift."""
 
     pad_id, logit_shift, max_length = 0, 0, None
 
@@ -416,12 +416,16 @@ class Split:
         self.mask_id, self.vocab_size, self.suppressed_ids = model.mask_id, model.vocab_size, model.suppressed_ids
 
     def hidden(self, input_ids, attention_mask=None, num_loops=None, sigma=None):
-        return torch.cat([self.model.hidden(x, None, num_loops) for x in input_ids.split(self.lengths, 1)], 1)
+        parts = [self.model.hidden(x, None, num_loops) for x in input_ids.split(self.lengths, 1)]
+        if self.model.logit_shift:
+            parts = [torch.cat((h[:, :1], h[:, :-1]), 1) for h in parts]
+        return torch.cat(parts, 1)
 
 
-def test_packed_documents_are_measured_apart():
+@pytest.mark.parametrize("shift", [0, 1])
+def test_packed_documents_are_measured_apart(shift):
     """Under the same masks a row of documents has the nats that they have one by one."""
-    model = live(tiny(vocab_size=7), dtype=torch.float64)
+    model = live(tiny(vocab_size=7, logit_shift=shift), dtype=torch.float64)
     rows, lengths = ids(3, 8, 7, masks=0), ((3, 5), (8,), (1, 5, 2))
     documents = torch.stack([torch.repeat_interleave(torch.tensor(n)) for n in lengths])
 
@@ -439,6 +443,16 @@ def test_packed_documents_are_measured_apart():
     got = nelbo_by_time(model, rows, document_ids=documents, **common)
     apart = of_each(lambda *a, **k: nelbo_by_time(*a, **k, **common))
     torch.testing.assert_close(got.nats, torch.cat([part.nats for part in apart], -1))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_padding_on_the_left_costs_nothing(shift):
+    """With every count of masks measured, a lone token has the nats that it has without padding."""
+    model = live(tiny(vocab_size=7, logit_shift=shift), dtype=torch.float64)
+    token, padding = torch.tensor([[4]]), torch.tensor([[2, 5, 1]])
+    common = {"num_loops": 2, "bound": "count"}
+    got = likelihood(model, torch.cat((padding, token), 1), attention_mask=torch.arange(4)[None] >= 3, **common)
+    torch.testing.assert_close(got.nats, likelihood(model, token, **common).nats)
 
 
 # Refusals

@@ -11,12 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopmdm.diffusion import nelbo
 from loopmdm.errors import InputError
 from loopmdm.model.lm import LoopMDM
 from loopmdm.ops import linear_cross_entropy as module
+from loopmdm.ops.constants import constant
 from loopmdm.ops.linear_cross_entropy import OP, linear_cross_entropy
 
 from . import oracle
@@ -167,6 +169,27 @@ def test_suppressed_ids_have_no_probability_and_no_gradient() -> None:
     infinite = {**inputs, "targets": torch.full((12,), 3)}
     for impl in ("torch", "chunked"):
         assert linear_cross_entropy(**infinite, suppressed=(3, 19), impl=impl)[1].isposinf().all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "chunked"])
+def test_suppressed_ids_are_copied_to_the_device_once(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host in each call would make a GPU wait for it, and no graph could capture the step."""
+    problem = {"weight": torch.randn(9, 4), "targets": torch.tensor([1, 2]), "suppressed": [3, 8], "impl": impl}
+    before = linear_cross_entropy(torch.ones(2, 4), **problem)
+    monkeypatch.setattr(torch, "tensor", None)
+    after = linear_cross_entropy(torch.ones(2, 4), **problem)
+    assert torch.equal(before[1], after[1])
+
+
+def test_constants_outlive_where_they_were_made() -> None:
+    """Neither a fake tensor nor one of inference mode comes back later."""
+    with FakeTensorMode():
+        constant((6, 1), torch.device("cpu"))
+    with torch.inference_mode():
+        assert constant((6, 1), torch.device("cpu")).tolist() == [6, 1]
+    x = torch.ones(2, 9, requires_grad=True)
+    x.mul(1).index_fill_(-1, constant([6, 1], torch.device("cpu")), 0.0).sum().backward()
+    assert x.grad is not None and x.grad[0].tolist() == [1, 0, 1, 1, 1, 1, 0, 1, 1]
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)

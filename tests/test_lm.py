@@ -67,6 +67,33 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
     assert again.lm_head.weight is again.embed.weight and same(model, again)
 
 
+class Damped(torch.nn.Module):
+    """A boundary with a weight."""
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([weight]))
+
+    def forward(self, x, x0, k):
+        return self.weight * x + x0
+
+
+@pytest.mark.parametrize("also", [(), ((3, 1),)])
+def test_a_boundary_with_weights_comes_back(also, tmp_path):
+    """Stored once where several looped blocks share it; without the module its weights have no place."""
+    model = randomize_(LoopMDM(tiny().replace(also=also), Damped(0.7))).eval()
+    model.save_pretrained(tmp_path)
+    assert [name for name in load_file(tmp_path / "model.safetensors") if "boundary" in name] == [
+        "loop.boundary.weight"
+    ]
+    again = LoopMDM.from_pretrained(tmp_path, boundary=Damped())
+    assert len({id(block.boundary) for block in again.looped_blocks}) == 1 and same(model, again)
+    with torch.no_grad():
+        assert torch.equal(model.hidden(ids(2, 9)), again.hidden(ids(2, 9)))
+    with pytest.raises(InputError, match=r"1 unknown \['loop.boundary.weight'\]"):
+        LoopMDM.from_pretrained(tmp_path)
+
+
 def test_config_json_is_readable_and_complete(saved):
     model, folder = saved
     text = (folder / "config.json").read_text()
@@ -264,6 +291,46 @@ def test_from_preset():
     model = loopmdm.LoopMDM.from_preset("tiny-dit", max_loops=2, vocab_size=9)
     assert model.max_loops == 2 and model.mask_id == 8 and model.vocab_size == 9
     assert model.suppressed_ids == (8,) and model.logit_shift == 0 and model.max_length == 256
+
+
+@pytest.mark.parametrize("config", [CONFIGS["dit"], CONFIGS["llama"].replace(also=((3, 1),))], ids=["dit", "llama"])
+def test_hidden_is_one_graph(config):
+    torch._dynamo.reset()
+    model, tokens = live(config), ids(2, 9)
+    compiled = torch.compile(model.hidden, backend="eager", fullgraph=True)
+    for S, mask in ((1, None), (2, torch.arange(9) < torch.tensor([9, 6])[:, None])):
+        torch.testing.assert_close(compiled(tokens, mask, S), model.hidden(tokens, mask, S), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["hidden", "layers"])
+def test_compiled_code_is_what_losses_and_sampling_run(how):
+    torch._dynamo.reset()
+    model, tokens, ran, made = live(tiny(length=1)), ids(2, 9, masks=0), [], []
+
+    def backend(graph, _):
+        made.append(graph)
+        return lambda *inputs: ran.append(1) or graph.forward(*inputs)
+
+    uses = (
+        lambda: loopmdm.nelbo(model, tokens, num_loops=2).nelbo,
+        lambda: loopmdm.generate(model, max_new_tokens=6, steps=1, num_loops=2).tokens,
+    )
+    want = [use() for use in uses]
+    if how == "hidden":
+        model.hidden = torch.compile(model.hidden, backend=backend)
+    else:
+        for layer in model.layers:
+            layer.compile(backend=backend)
+    for use, result in zip(uses, want, strict=True):
+        ran.clear()
+        torch.testing.assert_close(use(), result, rtol=1e-5, atol=1e-5)
+        assert ran
+    if how == "layers":
+        graphs = len(made)
+        with torch.no_grad():
+            for S in range(3, 13):
+                model.hidden(tokens, num_loops=S)
+        assert len(made) <= graphs + 1, "a graph of each S"
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

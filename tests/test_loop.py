@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loopmdm.errors import InputError
+from loopmdm.model.depth import Depth
 from loopmdm.model.lm import LoopMDM
 from loopmdm.model.loop import LoopedBlock
 from loopmdm.ops.contract import on_torch
@@ -191,6 +192,16 @@ def test_loop_count_must_be_a_positive_whole_number(bad):
         model(ids(1, 4), num_loops=bad)
     with pytest.raises(InputError, match="at least once"):
         model.loop(torch.zeros(1, 4, 32), bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_block_keeps_the_dtype_of_its_input(dtype):
+    """Also where the parameters are wider; what deep supervision keeps is of that dtype too."""
+    block, x = randomize_(LoopedBlock(tiny())), torch.randn(2, 5, 32).to(dtype)
+    every = Depth(3, every=True)
+    for loops in (1, 3, torch.tensor([1, 3]), every):
+        assert block(x, loops).dtype == dtype
+    assert {h.dtype for h in every.outputs} == {dtype}
 
 
 def test_a_block_in_bf16_takes_an_fp32_stream():

@@ -2,11 +2,15 @@
 
 import copy
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import loopmdm
 from loopmdm.adapters import (
@@ -123,6 +127,143 @@ def test_checkpointing_and_truncated_backprop():
     model.model.transformer["ff_out"](model.model.transformer["ln_f"](x)).square().mean().backward()
     for p, b in zip(model.parameters(), grads["last"], strict=True):
         assert (p.grad is None) == (b is None) and (b is None or (p.grad - b).abs().max() < 1e-5)
+
+
+def checkpointed(model, reentrant):
+    """Each layer computed again in backward, as transformers' gradient_checkpointing_enable does it."""
+
+    def call(self, *args, **kwargs):
+        forward = partial(type(self).__mro__[1].__call__, self, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=reentrant) if torch.is_grad_enabled() else forward(*args)
+
+    layers = layers_of(model)
+    again = type(type(layers[0]).__name__, (type(layers[0]),), {"__call__": call})
+    for layer in layers:
+        layer.__class__ = again
+    return model
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss().backward()
+    return torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
+
+
+REAL = torch.arange(8) < torch.tensor([[8], [5], [3], [8]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("S", [3, torch.tensor([1, 3, 2, 3])], ids=["one", "each"])
+def test_checkpointed_visits_see_their_pass(name, padded, S):
+    """Depth(checkpoint=True): the backward pass, when the call is long over, computes with its padding and S."""
+    model, ids = loopmdm.loopify(model_of(name), 1, 2), some_ids()
+    denoiser, mask = as_denoiser(model), REAL if padded else None
+    weights = torch.linspace(-1, 1, 8)[:, None]
+    grads = [
+        gradients(model, lambda c=c: (denoiser.hidden(ids, mask, Depth(S, checkpoint=c)) * weights).square().sum())
+        for c in (False, True)
+    ]
+    assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm()
+    if isinstance(S, int):
+        data = ids % (peers.VOCAB - 1)
+        grads = [
+            gradients(
+                model,
+                lambda d=d: loopmdm.nelbo(denoiser, data, attention_mask=mask, num_loops=S, depth=d).loss,
+            )
+            for d in (None, Depth(checkpoint=True))
+        ]
+        assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm()
+
+
+def test_a_loss_inside_checkpointed_visits():
+    """Gradients that do not come through the pass's result: a visit itself knows its pass."""
+    model, seen = loopmdm.loopify(model_of("llada"), 1, 2), []
+    layers_of(model)[1].register_forward_hook(lambda module, args, out: seen.append(out[0]))
+
+    def loss(recompute):
+        seen.clear()
+        as_denoiser(model).hidden(some_ids(), REAL, Depth(3, checkpoint=recompute))
+        return seen[2].square().mean()
+
+    a, b = (gradients(model, lambda c=c: loss(c)) for c in (False, True))
+    assert (a - b).norm() < 1e-5 * a.norm()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llada", "dream"])
+def test_layers_checkpointed_from_outside_see_their_pass(name, reentrant):
+    """Padding and S of a call, or of `looping`, reach the layers that are computed again when it is over."""
+    ids, data = some_ids(), some_ids() % (peers.VOCAB - 1)
+    models = [loopmdm.loopify(m, 1, 2) for m in (model_of(name), checkpointed(model_of(name), reentrant))]
+
+    def called(model, mask, S):
+        return loopmdm.nelbo(as_denoiser(model), data, attention_mask=mask, num_loops=S).loss
+
+    def twice(model):  # two passes in one graph
+        return called(model, REAL, 3) + 2 * called(model, REAL.flip(0), 2)
+
+    def looped(model):
+        with looping(model, 3):
+            return peers.logits(model, ids).square().mean()
+
+    def scheduled(model):
+        count = iter((3, 1, 1, 1))
+        set_num_loops(model, lambda: next(count))
+        return as_denoiser(model).hidden(ids, REAL).square().mean()
+
+    def apart(model):
+        return as_denoiser(model).hidden(ids, REAL, torch.tensor([1, 3, 2, 3])).square().mean()
+
+    cases = [partial(called, mask=mask, S=S) for mask in (None, REAL) for S in (1, 3)]
+    for case in (*cases, twice, looped, scheduled, apart):
+        want, got = (gradients(model, partial(case, model)) for model in models)
+        assert (got - want).norm() < 1e-5 * want.norm(), case
+    with looping(models[1], 2):  # another pass than the one that is computed again
+        want, got = (gradients(model, partial(called, model, REAL, 3)) for model in models)
+    assert (got - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_schedules_are_not_asked_again(reentrant):
+    """A plain call's schedule: known again where the graph holds the first pass, otherwise refused."""
+    ids, count = some_ids(), iter((3, 1, 2))
+    model = loopmdm.loopify(model_of("llada"), 1, 2, 3)
+    again = loopmdm.loopify(checkpointed(model_of("llada"), reentrant), 1, 2, lambda: next(count))
+    plain, loss = (peers.logits(m, ids).square().mean() for m in (model, again))
+    if reentrant:
+        with pytest.raises(InputError, match="use_reentrant=False"):
+            loss.backward()
+    else:
+        a, b = gradients(model, lambda: plain), gradients(again, lambda: loss)
+        assert (a - b).norm() < 1e-5 * a.norm()
+    assert next(count) == 1
+
+
+def test_threads_have_their_own_s():
+    model, ids = loopmdm.loopify(model_of("llada"), 1, 2), some_ids()
+    denoiser = as_denoiser(model).eval()
+    with torch.no_grad():
+        want = [(denoiser.hidden(ids, None, S), looped_logits(model, ids, S)) for S in (1, 2, 3, 4)]
+
+    def ask(S):
+        with torch.no_grad():
+            got = ((denoiser.hidden(ids, None, S), looped_logits(model, ids, S)) for _ in range(50))
+            return all(torch.allclose(a, b, atol=1e-5) for pair in got for a, b in zip(pair, want[S - 1], strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, (1, 2, 3, 4)))
+    assert not model._forward_hooks
+    models = model, loopmdm.loopify(checkpointed(model_of("llada"), True), 1, 2)
+    with looping(models[1], 3), ThreadPoolExecutor(1) as pool:
+        a, b = (pool.submit(gradients, m, lambda m=m: peers.logits(m, ids).square().mean()).result() for m in models)
+    assert (a - b).norm() < 1e-5 * a.norm()
+
+
+def looped_logits(model, ids, S):
+    with looping(model, S):
+        return peers.logits(model, ids)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -251,6 +392,10 @@ def test_copies_loop_by_themselves():
         for p in twin.parameters():
             p.zero_()
         assert peers.logits(model, ids).abs().max() > 0.1
+    with pytest.raises(InputError, match="save_loops"):  # what it would be read back as is not looped
+        pickle.dumps(model)
+    again = pickle.loads(pickle.dumps(unloopify(model)))
+    assert torch.equal(next(again.parameters()), next(model.parameters()))
 
 
 def test_sidecar(tmp_path):

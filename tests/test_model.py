@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from loopmdm.diffusion import nelbo
 from loopmdm.errors import InputError
 from loopmdm.model.block import Block, Context
 from loopmdm.model.denoiser import Denoiser, logits_at
@@ -246,6 +247,11 @@ def test_sigma():
     assert (both[0] - model.hidden(tokens, None, 2, torch.tensor([0.5, 2.0]))[0]).abs().max() > 1e-3
     with pytest.raises(InputError, match="conditioned on time; pass sigma"):
         model(tokens)
+    for wrong in (math.inf, math.nan):
+        with pytest.raises(
+            InputError, match="sigma is not finite; where it is infinite at t = 1, give the noise schedule"
+        ):
+            model(tokens, sigma=torch.tensor([0.1, wrong]))
     constant = live(tiny("dit"))
     assert torch.equal(constant.hidden(tokens), constant.hidden(tokens, sigma=torch.tensor(3.0)))
 
@@ -472,6 +478,16 @@ def test_input_errors():
         model(tokens, attention_mask=[[1] * 5] * 2)
     with pytest.raises(InputError, match=r"document_ids is \[2, 4\]"):
         model(tokens, document_ids=torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_additive_mask_is_refused(dtype):
+    """0 on real tokens and -inf on padding: as booleans that would be the mask turned round."""
+    model, tokens = live(tiny()), ids(2, 5, masks=0)
+    additive = torch.zeros(2, 5, dtype=dtype).masked_fill(torch.arange(5) > 2, -math.inf)
+    for call in (model, lambda x, mask: nelbo(model, x, attention_mask=mask), model.fused().hidden):
+        with pytest.raises(InputError, match=r"attention_mask is torch\.\w+; it must be bool or 0/1 integers"):
+            call(tokens, additive)
 
 
 def test_int32_ids_and_no_rows():

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import loopmdm
 from loopmdm.info import arch_note, driver_note
@@ -110,6 +112,28 @@ def setup_py(**env):
 def test_bad_build_settings_get_one_sentence():
     assert "LOOPMDM_CUDA is 'yes'; it must be auto, 0 or 1." in setup_py(LOOPMDM_CUDA="yes").stderr
     assert setup_py(LOOPMDM_CUDA="0").stdout.split()[-1] == "0.1.0+cpu"
+
+
+def settings(monkeypatch, **env):
+    """What setup.py defines where these variables are set."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name, value in {"LOOPMDM_CUDA": "0", **env}.items():
+        monkeypatch.setenv(name, value)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_architectures(monkeypatch):
+    for given, want in (("sm_90 sm_80", [80, 90]), ("8.0;9.0, 12.0", [80, 90, 120]), ("100", [100])):
+        assert settings(monkeypatch, LOOPMDM_CUDA_ARCHS=given)["cuda_archs"]() == want
+    for given in ("", "8", "native", "8.0+PTX"):
+        with pytest.raises(SystemExit, match="write for example"):
+            settings(monkeypatch, LOOPMDM_CUDA_ARCHS=given)["cuda_archs"]()
+
+
+def test_a_compiler_behind_another_command(monkeypatch):
+    pytest.importorskip("pybind11")
+    text = settings(monkeypatch, CXX="ccache g++")["ninja_file"](setuptools.Extension("x", ["x.cpp"]), "x.so")
+    assert text.count("command = ccache g++ ") == 2
 
 
 @pytest.mark.skipif(Path("/usr/local/cuda/bin/nvcc").exists(), reason="nvcc lies in the default place and is found")

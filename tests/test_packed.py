@@ -201,6 +201,20 @@ def test_one_call_is_layer_by_layer(backbone, visits):
 
 
 @ours
+@pytest.mark.parametrize("policy", ["confidence", "ancestral", "threshold:0.5"])
+@pytest.mark.parametrize("backbone", ["llama", "dit"])
+def test_tokens_do_not_depend_on_the_batch(backbone, policy):
+    """Not even by rounding: a sequence alone has the tokens that it has among others of other lengths."""
+    packed = live(tiny(backbone, positions="both"), head_scale=3.0).packed(BF16)
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8], [], [9, 9, 9]]
+    options = {"max_new_tokens": 30, "steps": 12, "policy": policy, "num_loops": 3}
+    for seed in (0, 100):
+        together = loopmdm.generate(packed, prompts, seed=seed, **options).sequences()
+        alone = [loopmdm.generate(packed, [p], seed=seed + i, **options).sequences()[0] for i, p in enumerate(prompts)]
+        assert together == alone
+
+
+@ours
 def test_what_was_added_to_a_layer_is_called(visits):
     """Hooks on attention, MLP, norms and projections; modules that were put in the place of theirs."""
     model, tokens, seen = live(tiny()), ids(2, 9), []

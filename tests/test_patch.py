@@ -15,11 +15,14 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import loopmdm
-from loopmdm.adapters import as_denoiser, families, layer
+from loopmdm.adapters import as_denoiser, families, layer, set_num_loops, unloopify
+from loopmdm.adapters.passes import Pass, during
 from loopmdm.adapters.patching import is_ours, recognise
 from loopmdm.errors import InputError
 from loopmdm.model.denoiser import Denoiser
+from loopmdm.ops import native
 from loopmdm.ops.linear import Panels, pack
+from loopmdm.ops.rotary_attention import OP as ATTENTION
 
 from . import peer_layers as peers
 
@@ -239,8 +242,18 @@ def test_report():
     model = peers.drawn("llada")
     assert "4 LLaDALlamaBlock" in loopmdm.report(model) and "not patched" in loopmdm.report(model)
     text = loopmdm.report(loopmdm.loopify(loopmdm.patch(model), 1, 2, 3))
+    size = {"tokens": 1024, "head_dim": 8, "level_below_4": native.level_below_4()}
+    choice = ATTENTION.choose("auto", torch.device("cpu"), torch.float32, **size)
+    assert f"attention: {choice.impl} ({choice.why})" in text
     for part in ("llada: 4", "patched", "rmsnorm eps 1e-05", "4 heads of 8 over 2", "honoured", "layers 1..2, S = 3"):
         assert part in text
+
+
+def test_a_live_models_own_mask_id_counts():
+    model = peers.drawn("mdlm")
+    last = as_denoiser(model).mask_id
+    model.mask_index = 3  # as MDLM's Lightning module has it
+    assert (as_denoiser(model).mask_id, as_denoiser(model, mask_id=5).mask_id) == (3, 5) and last != 3
 
 
 def test_live_caches_are_refused():
@@ -304,6 +317,30 @@ def test_copy_in_bf16(name):
     assert {k: v.dtype for k, v in model.state_dict().items()} == keys
     with pytest.raises(InputError, match="patch"):
         as_denoiser(peers.drawn(name), dtype=torch.bfloat16)
+
+
+def test_a_narrow_copy_follows_its_model():
+    """S, damping and the way with padding are the model's; other Parameters or loops than then are refused."""
+    ids, real = some_ids(), torch.arange(8) < torch.tensor([[8], [5], [3], [8]])
+    model = loopmdm.loopify(loopmdm.patch(peers.drawn("llada")), 1, 2)
+    wide, narrow = as_denoiser(model), as_denoiser(model, dtype=torch.float32)
+    with torch.no_grad():
+        before = wide.hidden(ids, real)
+        set_num_loops(model, 4)
+        loopmdm.patch(model, ignore_padding=True)
+        assert narrow.max_loops == 4
+        want, got = wide.hidden(ids, real), narrow.eval().hidden(ids, real)
+        assert (got - want).norm() < 1e-5 * want.norm() < 1e-3 * (want - before).norm()
+        model.load_state_dict(peers.drawn("llada", seed=7).state_dict())
+        want, got = wide.hidden(ids, real), narrow.eval().hidden(ids, real)
+        assert (got - want).norm() < 1e-5 * want.norm()
+    loopmdm.loopify(unloopify(model), 1, 1)
+    with pytest.raises(InputError, match="call as_denoiser again"):
+        narrow.eval()
+    narrow = as_denoiser(model, dtype=torch.float32)
+    model.load_state_dict(peers.drawn("llada").state_dict(), assign=True)
+    with pytest.raises(InputError, match="call as_denoiser again"):
+        loopmdm.generate(narrow, max_new_tokens=2, steps=1)
 
 
 def test_a_narrow_copy_calls_what_is_more_than_a_product():
@@ -495,6 +532,42 @@ def test_threads_and_what_happens_to_the_model_meanwhile():
         torch.testing.assert_close(denoiser.hidden(ids, rows=rows[2]), want, rtol=1e-5, atol=1e-5)
 
 
+def test_threads_have_their_own_padding():
+    model, ids = loopmdm.patch(peers.drawn("llada")), some_ids(batch=2, length=9)
+    denoiser = as_denoiser(model).eval()
+    masks = [None, *(torch.arange(9) < torch.tensor([[n], [9]]) for n in (5, 6, 7))]
+    with torch.no_grad():
+        want = [denoiser.hidden(ids, mask) for mask in masks]
+
+    def ask(i):
+        with torch.no_grad():
+            return all(torch.allclose(denoiser.hidden(ids, masks[i]), want[i], atol=1e-5) for _ in range(100))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(4)))
+
+
+def test_compiled_models_as_denoisers():
+    """Compiled as a whole it is unwrapped, compiled layers are used; in place it may run past its head, and says so."""
+    model, ids, real = peers.drawn("llada"), some_ids(), torch.arange(8) < torch.tensor([[8], [5], [3], [8]])
+    denoiser = as_denoiser(loopmdm.patch(model))
+    with torch.no_grad():
+        want = denoiser.hidden(ids, real), denoiser.hidden(ids)
+        compiled = torch.compile(model, backend="eager")
+        compiled(ids)
+        assert torch.equal(as_denoiser(compiled).hidden(ids, real), want[0])
+        for block in model.model.transformer["blocks"]:
+            block.compile(backend="eager", fullgraph=True)
+        for _ in range(2):
+            assert (denoiser.hidden(ids, real) - want[0]).abs().max() < 1e-5
+            assert (denoiser.hidden(ids) - want[1]).abs().max() < 1e-5
+        plain = peers.drawn("llada")
+        plain.compile(backend="eager")
+        plain(ids)
+        with pytest.raises(InputError, match="compile its layers"):
+            as_denoiser(plain).hidden(ids)
+
+
 def test_a_model_that_needs_the_last_layer_whole():
     """Where something behind the layers looks at all positions, the layers are left to work on all."""
     model = loopmdm.patch(peers.drawn("mdlm"))
@@ -620,9 +693,8 @@ def test_masks_add_up(additive):
     theirs, ours = torch.ones(2, 1, 6, 6, dtype=torch.bool), torch.ones(2, 1, 1, 6, dtype=torch.bool)
     theirs[..., 4], ours[..., 5] = False, False
     given = (~theirs).float() * torch.finfo(torch.float32).min if additive else theirs
-    layer._loopmdm.shared.mask = ours
     with torch.no_grad():
-        got = layer(x, attention_mask=given, position_embeddings=rope)[0][:, :4]
-        layer._loopmdm.shared.mask = None
+        with during(Pass(ours)):
+            got = layer(x, attention_mask=given, position_embeddings=rope)[0][:, :4]
         want = layer(x[:, :4], position_embeddings=(rope[0][:, :4], rope[1][:, :4]))[0]
     assert (got - want).abs().max() < 1e-5

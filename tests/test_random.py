@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,3 +181,5 @@ def test_seed_must_fit_64_bits(bad):
 
 def test_signed():
     assert [random.signed(s) for s in (0, 2**63 - 1, 2**63, 2**64 - 1, -5)] == [0, 2**63 - 1, -(2**63), -1, -5]
+    numpy_s = [random.signed(s) for s in (np.int64(-5), np.uint64(2**64 - 1))]
+    assert numpy_s == [-5, -1] and {type(s) for s in numpy_s} == {int}

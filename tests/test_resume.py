@@ -30,7 +30,7 @@ from loopmdm.lab.state import Checkpoints, read
 from loopmdm.model import checkpoint as checkpoint_module
 from loopmdm.model.lm import LoopMDM
 
-from .commands import QUICK, files, lines, refused, run
+from .commands import QUICK, TEXT, files, lines, refused, run
 from .helpers import live, tiny
 
 LONG = [*QUICK, "dropout=0.1", "--steps", "12", "--save-every", "3", "--accumulate", "2", "--ema", "0.9"]
@@ -510,6 +510,36 @@ def test_other_data_are_refused_and_missing_ones_made_again(capsys, text, whole,
     shutil.rmtree(out / "data")
     Corpus.build([text], out / "data", "char", valid_share=0.1)
     assert "its data are not what they were when it began" in refused(capsys, "train", "--resume", out)
+
+
+@pytest.mark.parametrize("way", ["cache", "init", "sft"])
+def test_going_on_needs_nothing_from_outside(capsys, text, trained, tmp_path, monkeypatch, way):
+    """Named by relative paths, then from another folder and with the tokenizer, the first model and the text gone."""
+    home, elsewhere, out = tmp_path / "home", tmp_path / "elsewhere", tmp_path / "run"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(home)
+    shutil.copy(text, "t.txt")
+    shutil.copytree(trained, "base")
+    build_tokenizer("bpe", TEXT, 270).save("tok.json")
+    pairs = [{"prompt": f"the cat {i}", "answer": "sat"} for i in range(40)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    words = {
+        "cache": ["--data", "t.txt", "--cache", "cc", "--tokenizer", "tok.json", *QUICK],
+        "init": ["--data", "t.txt", "--init", "base", *QUICK[: QUICK.index("--set")]],
+        "sft": ["--sft", "--data", tmp_path / "qa.jsonl", "--tokenizer", "tok.json", *QUICK],
+    }
+    assert run(capsys, "train", *words[way], "--out", out)[0] == 0
+    want = outcome(out)
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    shutil.rmtree("base")
+    for name in ("t.txt", "tok.json"):
+        os.unlink(name)
+    monkeypatch.chdir(elsewhere)
+    status, printed, err = run(capsys, "train", "--resume", out)
+    assert status == 0 and "Going on from step 2." in printed, err
+    assert_same(outcome(out), want)
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_logs_that_have_lost_lines_and_other_threads_are_said(capsys, whole, tmp_path):

@@ -163,6 +163,23 @@ def test_every_level(level: int) -> None:
 
 
 @built
+def test_a_long_call_keeps_no_memory() -> None:
+    """Keys and values of 65536 positions are packed into 64 MiB."""
+    code = (
+        "import resource, torch\n"
+        "from loopmdm.ops.rotary_attention import rotary_attention\n"
+        "def held(): return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
+        "k = torch.ones(1, 65536, 1, 128)\n"
+        "rotary_attention(k[:, :1], k[:, :64], k[:, :64], impl='cpp')\n"
+        "before = held()\n"
+        "rotary_attention(k[:, :1], k, k, impl='cpp')\n"
+        "assert held() - before < 32 << 20, held() - before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@built
 def test_auto_and_gradients() -> None:
     """auto goes to torch where a gradient is wanted; cpp refuses by name."""
     p = problem(1, 9, 2, 2, 8)
@@ -194,6 +211,7 @@ def test_auto_and_gradients() -> None:
         ({"rope": (torch.ones(3, 4), torch.ones(3, 4))}, "table of rope is"),
         ({"mask": torch.ones(1, 2, 4, 4, dtype=torch.bool)}, "must broadcast"),
         ({"mask": torch.ones((), dtype=torch.bool)}, "must broadcast"),
+        ({"mask": torch.ones(4, 4, dtype=torch.bool, device="meta")}, "q is on cpu and mask on meta"),
         ({"mask": torch.ones(4, 4, dtype=torch.bool), "causal": True}, "not both"),
         ({"rope": None, "query_rope": (torch.ones(4, 4), torch.ones(4, 4))}, "without rope"),
     ],

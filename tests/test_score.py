@@ -125,8 +125,6 @@ def test_causal_scorer_windows_score_each_token_once_with_half_a_window_of_conte
 def test_causal_scorer_refuses(causal, tmp_path):
     with pytest.raises(InputError, match="no causal language model could be loaded from"):
         build_scorer(str(tmp_path))
-    with pytest.raises(InputError, match="window is 1"):
-        CausalScorer(str(causal[0]), window=1)
 
 
 def test_without_transformers(monkeypatch):
@@ -152,12 +150,8 @@ def test_loopmdm_scorer_is_its_bound_over_all_tokens(checkpoint):
     ]
     assert nats == pytest.approx(float(sum(parts)), rel=0.1)
     assert scorer("") == (0.0, 0)
-    once = LoopMDMScorer(checkpoint, num_loops=1)(text)[0]
-    assert abs(once - nats) > 1.0  # on the same masks
 
 
 def test_loopmdm_scorer_refuses(checkpoint):
     with pytest.raises(InputError, match="'Ω' is not in this model's vocabulary"):
         LoopMDMScorer(checkpoint)("Ω")
-    with pytest.raises(InputError, match="num_loops is 0"):
-        LoopMDMScorer(checkpoint, num_loops=0)

@@ -1,18 +1,22 @@
 """The training loop: reproducible, the same however a step is shared out, and stoppable without loss."""
 
 import copy
+import functools
 import json
 import math
 import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 
-from loopmdm.diffusion import T_MIN, nelbo, sample_loops
+from loopmdm.diffusion import T_MIN, NELBOLoss, nelbo, sample_loops
 from loopmdm.errors import InputError
 from loopmdm.lab import train as train_module
 from loopmdm.lab.corpus import Sequences
@@ -293,7 +297,7 @@ def test_the_recipe_s_ways_reach_the_loss_and_the_flops(corpus, monkeypatch):
         seen.append(options)
         return nelbo(model, tokens, **options)
 
-    monkeypatch.setattr(train_module, "nelbo", spy)
+    monkeypatch.setattr(train_module, "NELBOLoss", functools.partial(NELBOLoss, function=spy))
     model = live(config(corpus))
     ways = {"backprop_loops": 1, "checkpoint_loops": True, "deep_supervision": True, "loops": 3}
     recipe = Recipe(**{**FAST, "steps": 2}, schedule="cosine", average="sequence", **ways)
@@ -415,6 +419,37 @@ def test_precision_that_cannot_be_had(corpus, monkeypatch):
     monkeypatch.setattr(accelerate, "Accelerator", refuse)
     with pytest.raises(InputError, match="precision 'fp16' cannot be used here: fp16 mixed precision requires a GPU"):
         accelerator_for(Recipe(precision="fp16"), config(corpus))
+
+
+def test_the_environment_does_not_change_the_step(corpus, monkeypatch):
+    sgd(monkeypatch)
+    want = trained(corpus, Recipe(**FAST))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert torch.equal(trained(corpus, Recipe(**FAST)), want)
+
+
+def test_sharded_training_is_refused(corpus, monkeypatch):
+    import accelerate
+
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    said = r"on one process or as DDP \(torchrun\), .*; this is FSDP$"
+    with pytest.raises(InputError, match=said):
+        Trainer(live(config(corpus)), Recipe(**FAST), accelerator=sharded)
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: sharded)
+    with pytest.raises(InputError, match=said):
+        accelerator_for(Recipe(**FAST), config(corpus))
+
+    def missing(**_):
+        raise ImportError("DeepSpeed is not installed")
+
+    monkeypatch.setattr(accelerate, "Accelerator", missing)
+    with pytest.raises(InputError, match=r"as DDP .*: DeepSpeed is not installed$"):
+        accelerator_for(Recipe(**FAST), config(corpus))
+
+
+def test_processes_wait_for_the_one_that_tokenises(corpus):
+    handler = accelerator_for(Recipe(**FAST), config(corpus)).init_handler
+    assert handler.to_kwargs() == {"timeout": timedelta(days=1)}
 
 
 def test_run_folder(tmp_path, corpus):

@@ -472,6 +472,42 @@ def test_command(capsys, small):
     assert elsewhere.is_file() and f"in force where LOOPMDM_TUNED={elsewhere} is set" in out
 
 
+def test_a_capture_that_fails_leaves_no_stream_behind(monkeypatch):
+    """torch.cuda.graph then leaves its own as the current one."""
+    current: list = []
+
+    class On:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.stream
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    class Capture(On):
+        def __exit__(self, *_):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    class Side:
+        def __init__(self, _):
+            pass
+
+        def wait_stream(self, _):
+            pass
+
+    main = Side(None)
+    current.append(main)
+    fakes = {"stream": On, "graph": lambda _: Capture("capture"), "Stream": Side, "CUDAGraph": object}
+    fakes |= {"current_stream": lambda _: current[0], "synchronize": lambda _: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock = tune._Clock(torch.device("cuda"), lambda impl: lambda: None, 1e-6)
+    assert clock.prepare("torch")() >= 0
+    assert current == [main] and not clock.graphs
+
+
 def test_nothing_to_time_writes_nothing(capsys, small):
     status, out, _ = run(capsys, "tune", "--op", "attention")
     assert status == 0 and out == "not timed on cpu: attention (no triton here)\n"

@@ -26,6 +26,7 @@ _HOME = {
     "LoopedBlock": "model.loop",
     "ModelConfig": "config",
     "Move": "sampling.state",
+    "NELBOLoss": "diffusion",
     "Policy": "sampling.state",
     "Ranked": "sampling.state",
     "RelativeChange": "model.depth",
@@ -49,6 +50,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from . import adapters as adapters
     from .adapters import loopify as loopify
     from .adapters import patch as patch
     from .adapters import report as report
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from .config import PRESETS as PRESETS
     from .config import LoopConfig as LoopConfig
     from .config import ModelConfig as ModelConfig
+    from .diffusion import NELBOLoss as NELBOLoss
     from .diffusion import likelihood as likelihood
     from .diffusion import nelbo as nelbo
     from .diffusion import nelbo_by_time as nelbo_by_time
@@ -84,6 +87,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name == "adapters":
+        return _import_module(".adapters", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'loopmdm' has no attribute {name!r}")
     value = getattr(_import_module(f".{_HOME[name]}", __name__), name)
@@ -92,4 +97,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_HOME, "adapters"})

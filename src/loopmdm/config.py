@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import InputError, nearest
+from .errors import InputError, integer, nearest
 
 ACTIVATIONS = ("swiglu", "gelu_tanh", "gelu", "relu2")
 BOUNDARIES = ("plain", "anchored")
@@ -239,7 +239,7 @@ class ModelConfig:
         return cls(**{**known, "loop": loop})
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed; keys of `LoopConfig` are accepted beside the model's own."""
+        """A copy with some fields changed; keys of `LoopConfig` are accepted beside the model's own (and `loop`)."""
         loop_fields = {f.name for f in dataclasses.fields(LoopConfig)}
         data = self.to_dict()
         if "vocab_size" in changes:  # the mask moves with the end of the vocabulary unless it is given
@@ -248,19 +248,20 @@ class ModelConfig:
             data["head_dim"] = None
         if "num_attention_heads" in changes:
             data["num_key_value_heads"] = None
-        for key, value in changes.items():
-            if key in loop_fields:
-                data["loop"][key] = value
-            else:
-                data[key] = value
-        return ModelConfig.from_dict(data)
+        fields, loop = {key: changes.pop(key) for key in loop_fields & changes.keys()}, changes.pop("loop", self.loop)
+        if isinstance(loop, LoopConfig):
+            loop = dataclasses.asdict(loop)
+        if isinstance(loop, Mapping):
+            loop = {**loop, **fields}
+        return ModelConfig.from_dict({**data, **changes, "loop": loop})
 
 
 def check_loops(num_loops: int, name: str = "num_loops") -> int:
-    """Return a valid loop count S, or raise InputError."""
-    if not isinstance(num_loops, int) or isinstance(num_loops, bool) or num_loops < 1:
+    """Return a valid loop count S as an int, or raise InputError."""
+    found = integer(num_loops)
+    if found is None or found < 1:
         raise InputError(f"{name} is {num_loops!r}; the looped block is visited a whole number of times, at least once")
-    return num_loops
+    return found
 
 
 _WORDS = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false", "None": "null"}
@@ -289,6 +290,9 @@ def _typed(config: LoopConfig | ModelConfig, prefix: str) -> None:
     """Refuse a field that is not of its annotated type, as a hand-written config.json may hold."""
     for spec in dataclasses.fields(config):
         value, kinds = getattr(config, spec.name), str(spec.type).split(" | ")
+        if "int" in kinds and integer(value) is not None:  # NumPy's become Python's
+            value = integer(value)
+            object.__setattr__(config, spec.name, value)
         fits = any(isinstance(value, _TYPES[kind]) for kind in kinds)
         if not fits or (isinstance(value, bool) and "bool" not in kinds):
             expected = " or ".join(_WORDS.get(kind, f"a {kind}") for kind in kinds)

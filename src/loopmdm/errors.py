@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 
 class InputError(ValueError):
@@ -33,11 +35,17 @@ def shown(value: object) -> str:
     return f"a {type(value).__name__}" + ("" if shape is None else f" {list(shape)}")
 
 
+def integer(value: Any) -> int | None:
+    """A whole number, NumPy's too, as an int; None for anything else, True and False among it."""
+    return None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
+
+
 def whole(name: str, value: int, least: int = 1) -> int:
-    """Return a whole number of at least `least`, or raise InputError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    """Return a whole number of at least `least` as an int, or raise InputError."""
+    found = integer(value)
+    if found is None or found < least:
         raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
-    return value
+    return found
 
 
 def number(name: str, value: float) -> float:

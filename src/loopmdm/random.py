@@ -2,7 +2,8 @@
 
 Philox4x32-10 (Salmon et al., SC 2011) in int64 torch arithmetic, the same numbers on every device.
 With it S, t and masks of a training step, and the noise of a sampled token, depend on nothing but
-what they are for: resume, rank count, accumulation, batch composition and padding change nothing.
+what they are for: resume, rank count, accumulation, batch composition and padding on the right change
+nothing. Losses and bounds number a token by its column, so padding on the left gives it another mask.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import InputError, whole
+from .errors import InputError, integer, whole
 
 # One stream a purpose, so that no two purposes share numbers under one seed.
 LOOPS, TIME, MASK, SAMPLE_POSITION, SAMPLE_TOKEN, DATA, T_EVAL, COUNT, ORDER, REMASK, HIT, GROUP, TOKEN = range(13)
@@ -128,6 +129,7 @@ def _key(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def signed(seed: int) -> int:
     """The int64 with the bits of an unsigned 64-bit seed."""
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+    found = integer(seed)
+    if found is None or not -(2**63) <= found < 2**64:
         raise InputError(f"seed is {seed!r}; it must be a whole number below 2^64")
-    return seed - 2**64 if seed >= 2**63 else seed
+    return found - 2**64 if found >= 2**63 else found

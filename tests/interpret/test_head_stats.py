@@ -12,10 +12,12 @@ from .harness import launch, need_interpreter
 
 need_interpreter()
 
+from loopmdm.errors import InputError  # noqa: E402
 from loopmdm.ops import head_stats as module  # noqa: E402
 from loopmdm.ops.head_stats import OP, head_stats, logit_stats  # noqa: E402
 from loopmdm.ops.noise import GROUP, TOKEN, gumbel_rows  # noqa: E402
 
+from ..test_head_stats import check_layouts  # noqa: E402
 from ..test_noise import counters  # noqa: E402
 
 INF, NAN = float("inf"), float("nan")
@@ -62,6 +64,15 @@ def test_the_same_tokens_from_given_logits(options: dict[str, Any]) -> None:
     got, want = (logit_stats(x, **options, impl=i) for i in ("triton", "torch"))
     for a, b in zip(got[:4], want[:4], strict=True):
         assert torch.equal(a, b)
+
+
+def test_layouts() -> None:
+    check_layouts("triton")
+
+
+def test_refuses_other_dtypes() -> None:
+    with pytest.raises(InputError, match="float64 is not for the kernel"):
+        head_stats(torch.ones(2, 3).double(), torch.ones(4, 3).double(), impl="triton")
 
 
 @pytest.mark.parametrize("count", [0, 7, 99])

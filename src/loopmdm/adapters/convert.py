@@ -66,6 +66,7 @@ def to_loopmdm(
     *,
     weights: str | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
+    mask_id: int | None = None,
     progress: Progress | None = None,
 ) -> Converted:
     """Convert a codebase's checkpoint to a LoopMDM folder.
@@ -77,6 +78,7 @@ def to_loopmdm(
         weights: "ema" or "raw"; None is the moving average where the file has one.
         config: the codebase's configuration, a JSON file or a mapping; None takes the Lightning file's
             hyper-parameters or the config.json beside the weights.
+        mask_id: id of [MASK]; None is the configuration's, without one the last.
         progress: called while tensors are read.
 
     Raises:
@@ -93,10 +95,14 @@ def to_loopmdm(
         shapes = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in tensors.items()}
         stripped = record.stripped(shapes)
         theirs = _settings(opened, record, stripped, config)
-        ours = record.to_config(theirs).replace(logit_shift=record.logit_shift)
+        if mask_id is not None:
+            theirs["mask_token_id"] = mask_id
+        ours = _config(record, theirs)
+        if mask_id not in (None, ours.mask_token_id):
+            raise InputError(f"mask_id is {mask_id}; a {source} model of this configuration has {ours.mask_token_id}")
         if ours.num_hidden_layers > len(tensors):
             raise InputError(f"the configuration has {ours.num_hidden_layers} layers, the file {len(tensors)} tensors")
-        with torch.device("meta"):
+        with _blaming(record), torch.device("meta"):
             model = LoopMDM(ours)
         _check_fit(record.to_ours(shapes, ours), model)  # what does not fit is refused before a number has been read
         state = record.to_ours(_read(tensors, progress), ours)
@@ -137,9 +143,9 @@ def from_loopmdm(
         note = read_json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
         note = note if note.get("family") == target and isinstance(note.get("config"), dict) else {}
         settings = note.get("config")
-        if settings is None or _changed(record.to_config(settings), config):
+        if settings is None or _changed(_config(record, settings), config):
             settings = record.from_config(config)  # the model has changed since, or was never theirs
-            for name in _changed(record.to_config(settings), config):
+            for name in _changed(_config(record, settings), config):
                 if name not in APART:
                     raise InputError(f"{target} cannot express this model's {name} = {getattr(config, name)!r}")
         state = _read(safetensors_file(folder / WEIGHTS_FILE), progress)
@@ -204,6 +210,24 @@ def _settings(
     if table is not None:
         found.setdefault("vocab_size", table.shape[0] - record.extra_rows)
     return found
+
+
+def _config(record: Family, settings: Mapping[str, Any]) -> ModelConfig:
+    """The codebase's configuration as ours."""
+    with _blaming(record):
+        return record.to_config(settings).replace(logit_shift=record.logit_shift)
+
+
+@contextmanager
+def _blaming(record: Family) -> Iterator[None]:
+    """What fails here fails for a setting of a wrong kind or size."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"the {record.name} configuration has a setting that does not fit ({why})") from error
 
 
 def _averaged(opened: Weights, record: Family) -> dict[str, Lazy]:

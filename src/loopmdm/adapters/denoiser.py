@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model.denoiser import few, spread
+from ..model.denoiser import check_mask, few, spread
 from ..model.depth import Depth, check_over
 from ..model.packed import Recast
 from .family import Family, value
 from .layer import Patched, at_once, only
+from .passes import Pass, current, during, remember
 from .patching import families, is_ours, recognise, shared_of
-from .splice import layers_of, looping, loops_of
+from .splice import asking, layers_of, loops_of
 
 Call = Callable[..., Any]
 
@@ -48,12 +51,15 @@ class Peer(nn.Module):
         padding: str,
         timed: bool,
         source: Recast[nn.Module] | None = None,
+        origin: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model, self.mask_id, self.pad_id = model, mask_id, pad_id
         self.suppressed_ids, self.logit_shift, self.max_length = suppressed_ids, logit_shift, max_length
         self._call, self._table, self._taps = call, table, (head, last)  # a tuple, so as not to register them twice
         self.padding, self.timed, self._source = padding, timed, source
+        # what a copy in another dtype was made of, and its Parameters then
+        self._origin = None if origin is None else (origin, tuple(origin.parameters()))
         self.vocab_size = max(table(model)[0].shape[0], mask_id + 1)
         layers = [module for module in model.modules() if is_ours(module)]
         self._layer: tuple[nn.Module, ...] = tuple(layers[-1:])
@@ -63,8 +69,9 @@ class Peer(nn.Module):
     @property
     def max_loops(self) -> int:
         """S of the looped layers (`loopify`) where it is one number, else 1."""
-        loops = [loop.num_loops for loop in loops_of(self.model)]
-        return loops[0] if loops and isinstance(loops[0], int) else 1
+        loops = loops_of(self.model if self._origin is None else self._origin[0])
+        num_loops = current().of(loops[0])[0] if loops else 1
+        return num_loops if isinstance(num_loops, int) else 1
 
     def hidden(
         self,
@@ -84,6 +91,8 @@ class Peer(nn.Module):
             raise InputError(f"attention_mask is {list(attention_mask.shape)}, input_ids is {list(input_ids.shape)}")
         if rows is not None and (rows.dtype != torch.bool or rows.shape != input_ids.shape):
             raise InputError(f"rows is {rows.dtype} {list(rows.shape)}; it must be bool {list(input_ids.shape)}")
+        if attention_mask is not None:
+            check_mask(attention_mask)
         real = None if attention_mask is None else attention_mask.bool()
         if real is not None and bool(real.all()):
             real = None
@@ -94,20 +103,23 @@ class Peer(nn.Module):
             input_ids, real = input_ids.gather(1, order), real.gather(1, order)
             rows = rows if rows is None else rows.gather(1, order)
         index = few(rows) if rows is not None and self._last_takes_rows() else None
-        watched = self._watched(num_loops, input_ids, real)
+        now = self._pass(num_loops, input_ids, real)
         with (
-            looping(self.model, num_loops, watched),
-            self._hiding(real),
+            during(now),
             contextlib.nullcontext() if index is None else only(self._layer[0], index),
             contextlib.nullcontext() if self._source is None else _inference(input_ids.device),
-            _stopping(*self._taps),
+            _stopping(*self._taps, now),
         ):
             try:
                 self._call(self.model, input_ids, real if self.padding == "argument" else None, sigma)
             except _Reached as reached:
                 hidden = reached.hidden
+                remember(hidden, now)
             else:
-                raise InputError("the model's forward did not come to its head; pass head= or call= to as_denoiser")
+                raise InputError(
+                    "the model's forward did not come to its head; pass head= or call= to as_denoiser (and compile its "
+                    "layers, not the whole model, whose compiled code does not stop there)"
+                )
         hidden = hidden.to(self.head()[0].dtype)
         if index is not None and hidden.shape[1] < input_ids.shape[1]:
             hidden = spread(hidden, index, input_ids.shape[1])
@@ -141,8 +153,13 @@ class Peer(nn.Module):
         return super().eval()
 
     def refresh(self) -> None:
-        """Copy the model's present weights into the copy in `dtype`; without one there is nothing to do."""
+        """Take the model's present weights, S and way with padding into the copy in `dtype`, if there is one.
+
+        Raises:
+            InputError: the model has other Parameters (`load_state_dict(assign=True)`) or looped runs than then.
+        """
         if self._source is not None:
+            self._follow()
             self._source.refresh()
 
     @contextlib.contextmanager
@@ -188,23 +205,31 @@ class Peer(nn.Module):
                     self._rows_hold = False
         return self._rows_hold
 
-    @contextlib.contextmanager
-    def _hiding(self, real: Tensor | None) -> Iterator[None]:
-        """Hide padding from the patched layers for a while."""
+    def _pass(self, num_loops: int | Tensor | Depth | None, ids: Tensor, real: Tensor | None) -> Pass:
+        """The S of each looped run, and padding to be hidden from patched layers."""
+        now = asking(self.model, num_loops, self._watched(num_loops, ids, real), settle=True)
         if real is None or self.padding == "argument":
-            yield
-            return
-        shares = shared_of(self.model.modules())
-        if not shares:
+            return replace(now, mask=None)
+        if not any(is_ours(module) for module in self.model.modules()):
             raise InputError("this model's layers take no padding mask; patch it, or sample sequences of one length")
-        visible = (real | ~real.any(-1, keepdim=True))[:, None, None, :]
-        try:
-            for shared in shares:
-                shared.mask = None if shared.ignore_padding else visible
-            yield
-        finally:
-            for shared in shares:
-                shared.mask = None
+        return replace(now, mask=(real | ~real.any(-1, keepdim=True))[:, None, None, :])
+
+    def _follow(self) -> None:
+        """Take the S and the way with padding that the model of a copy has by now."""
+        assert self._origin is not None
+        model, tensors = self._origin
+        theirs, mine = loops_of(model), loops_of(self.model)
+        runs = [[(loop.start, len(loop.layers)) for loop in loops] for loops in (theirs, mine)]
+        if runs[0] != runs[1] or any(a is not b for a, b in zip_longest(model.parameters(), tensors)):
+            raise InputError(
+                "the model got other Parameters or looped runs after it was copied for dtype=; call as_denoiser again"
+            )
+        for loop, copied in zip(theirs, mine, strict=True):
+            copied.num_loops, copied.damping = loop.num_loops, loop.damping
+        for name, module in model.named_modules():
+            if is_ours(module):
+                record: Patched = self.model.get_submodule(name)._loopmdm  # type: ignore[assignment]
+                record.shared.ignore_padding = module._loopmdm.shared.ignore_padding
 
 
 class _Reached(BaseException):
@@ -222,14 +247,19 @@ def _inference(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopping(head: nn.Module | None, last: nn.Module | None) -> Iterator[None]:
-    """End the forward pass at the head's input, or without a head module at the last norm's output."""
+def _stopping(head: nn.Module | None, last: nn.Module | None, now: Pass) -> Iterator[None]:
+    """End a forward pass at the head's input, or without a head module at the last norm's output.
+
+    Other threads' passes go on.
+    """
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise _Reached(args[0])
+        if current() is now:
+            raise _Reached(args[0])
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        raise _Reached(out)
+        if current() is now:
+            raise _Reached(out)
 
     handle = head.register_forward_pre_hook(before) if head is not None else last.register_forward_hook(after)  # type: ignore[union-attr]
     try:
@@ -251,7 +281,8 @@ def as_denoiser(
     call: Call | None = None,
     dtype: torch.dtype | None = None,
 ) -> Peer:
-    """A model of another codebase as a `Denoiser`. It is not copied, except for `dtype`.
+    """A model of another codebase as a `Denoiser`. It is not copied, except for `dtype`. What torch.compile made of a
+    whole model is not used, since it cannot stop at the head; compiled layers are.
 
     For a patched (or merely recognised) model of a known family every argument has a default; for another module give
     `head`, `mask_id` and, unless it is called as model(input_ids), `call`.
@@ -272,16 +303,18 @@ def as_denoiser(
     Raises:
         InputError: no head or mask id is known, or `dtype` for a model that is not patched.
     """
+    model = getattr(model, "_orig_mod", model)
     family = _family(model)
     config = getattr(model, "config", None)
     for name in ("scale_logits", "final_logit_softcapping"):
         if _setting(config, name):
             raise InputError(f"{type(model).__name__} has {name}, which would come after the head and be left out")
+    origin = None
     if dtype is not None:
         if not any(is_ours(module) for module in model.modules()):
             raise InputError("dtype needs a patched model: call loopmdm.patch(model) first")
         source = _cast(model, dtype, head or (family.head if family else ()))
-        model = source.copy
+        origin, model = model, source.copy
     else:
         source = None
     module = _find(model, (head,) if head else family.head if family else ())
@@ -298,6 +331,8 @@ def as_denoiser(
         return weight, None
 
     rows = table(model)[0].shape[0]
+    if mask_id is None and family is not None and family.name == "mdlm":
+        mask_id = _setting(model, "mask_index")  # the Lightning module's, where its tokenizer has a mask token
     if mask_id is None:
         mask_id = _setting(config, "mask_token_id", "mask_index", "mask_id")
     if mask_id is None and family is not None:
@@ -327,6 +362,7 @@ def as_denoiser(
         padding="layers" if patched or not (call or takes_mask) else "argument",
         timed=time_conditioning,
         source=source,
+        origin=origin,
     )
 
 

@@ -60,7 +60,8 @@ def forward(
         mask = mask.bool()
     if record.shared.ignore_padding:
         mask = None
-    x = run(self, hidden_states, rope, mask, causal=kwargs.get("is_causal"))
+    causal = kwargs.get("is_causal")
+    x = run(self, hidden_states, rope, mask, causal=_causal(self) if causal is None else causal)
     return (x,) if record.layout.tuple_out else x
 
 
@@ -78,6 +79,11 @@ def _own_table(block: Any, record: Patched, x: Tensor, position_ids: Tensor | No
     return table if position_ids is None else (table[0][position_ids], table[1][position_ids])
 
 
+def _causal(block: Any) -> bool:
+    """Whether None as a mask is causal, as the layer's attention says it now; Dream's does not look."""
+    return not type(block).__name__.startswith("Dream") and bool(getattr(block.self_attn, "is_causal", False))
+
+
 def layout(block: Any) -> Layout:
     attention = block.self_attn
     hd = int(attention.head_dim)
@@ -88,7 +94,6 @@ def layout(block: Any) -> Layout:
     fits(act is None or "silu" in type(act).__name__.lower(), f"its activation is {type(act).__name__}, not SiLU")
     sliding = getattr(attention, "sliding_window", None)
     fits(not sliding, f"it attends in a sliding window of {sliding}")
-    dream = type(block).__name__.startswith("Dream")
     norm = block.input_layernorm
     return Layout(
         heads=attention.q_proj.weight.shape[0] // hd,
@@ -106,8 +111,8 @@ def layout(block: Any) -> Layout:
         q_norm="self_attn.q_norm" if norms else "",
         k_norm="self_attn.k_norm" if norms else "",
         attention_dropout=float(getattr(attention, "attention_dropout", 0.0)),
-        causal=not dream and bool(getattr(attention, "is_causal", False)),
-        tuple_out=dream or _returns_tuple(type(block)),
+        causal=_causal(block),
+        tuple_out=type(block).__name__.startswith("Dream") or _returns_tuple(type(block)),
     )
 
 

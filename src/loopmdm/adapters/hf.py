@@ -28,6 +28,7 @@ from ..diffusion.schedule import Schedule, build_schedule
 from ..errors import InputError
 from ..model.block import Block, Norm
 from ..model.checkpoint import MODEL_TYPE
+from ..model.denoiser import document_numbers
 from ..model.lm import LoopMDM
 from ..model.loop import Anchored
 
@@ -181,11 +182,12 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel):
             wrong = [n for n in labels[rows].unique().tolist() if n in self.model.suppressed_ids or n < 0]
             if wrong:
                 raise InputError(f"labels holds {wrong[0]}, which the model never predicts; {IGNORED} is not counted")
+        numbers = document_numbers(attention_mask, None)
         if t is None:
-            return cross_entropies(self.model, hidden, labels, rows)[0] / rows.sum().clamp(min=1)
+            return cross_entropies(self.model, hidden, labels, rows, numbers=numbers)[0] / rows.sum().clamp(min=1)
         weights = schedule.weight(t)[rows.nonzero()[:, 0]].to(torch.promote_types(hidden.dtype, torch.float32))
         tokens = ids.numel() if attention_mask is None else attention_mask.sum()
-        return cross_entropies(self.model, hidden, labels, rows, weights)[0] / tokens
+        return cross_entropies(self.model, hidden, labels, rows, weights, numbers=numbers)[0] / tokens
 
 
 class DiffusionCollator:

@@ -1,11 +1,13 @@
 """One transformer layer of any recognised codebase, computed with this package's ops from the codebase's own modules.
 
 A `Layout` says what a layer is made of and where its tensors are; `run` interprets it. Projections are called as
-modules, so that LoRA wrappers, quantised layers and hooks on them stay in force; norms are read for their weights.
+modules, so that LoRA wrappers, quantised layers and hooks on them stay in force; norms are read for their weights, and
+hooks on these or on other inner modules do not run, of which `run` warns.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,8 +25,11 @@ from ..ops.layer import Around, Form, PackedLayer, Visit, through
 from ..ops.linear import plain, project
 from ..ops.residual_norm import residual_norm
 from ..ops.rotary_attention import rope_table, rotary_attention, rotate
+from .passes import current
 
 Rope = tuple[Tensor, Tensor]
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What activations may be in; a weight of another dtype is only stored in it."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +84,20 @@ class Shared:
     """What all patched layers of one model share, beside the arguments that the codebase passes.
 
     Attributes:
-        mask: bool, broadcastable to [B, 1, T, T], True where a query may look at a key; set for the length of a call.
         ignore_padding: do as a codebase does that drops its padding mask.
         held: while weights are known to stay as they are, what modulation came to in each layer, by its id: the
             conditioning, the six parts, what they fold into; None otherwise.
         tables: the rotary table that layers make for themselves, by (length, head_dim, base, device); the last one.
     """
 
-    mask: Tensor | None = None
     ignore_padding: bool = False
     held: dict[int, tuple[Tensor, tuple[Tensor, ...], Around | None]] | None = None
     tables: dict[tuple[int, int, float, torch.device], Rope] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask of this thread's pass."""
+        return None if self.ignore_padding else current().mask
 
     def table(self, length: int, head_dim: int, theta: float, device: torch.device) -> Rope:
         """(cos, sin), each [length, head_dim / 2] in fp32, made once."""
@@ -148,9 +156,14 @@ def run(
         cond: [1 or B, C], read only with modulation. One row folds the modulation into the norms' gain and bias, made
             anew in each call.
         causal: whether attention is causal where no mask is given; None is the layout's.
+
+    Raises:
+        InputError: a modulated layer without `cond`.
     """
     record: Patched = block._loopmdm
     layout = record.layout
+    if not torch.compiler.is_compiling():
+        _warn_of_hooks(block, (*layout.qkv, layout.out, *layout.up, layout.down, layout.modulation))
     causal = layout.causal if causal is None else causal
     if causal and mask is None and record.shared.mask is not None:
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
@@ -191,6 +204,20 @@ def run(
     x, h = _norm(layout, x, branch, a.mlp_gain, a.mlp_bias, x.dtype)
     h = (h * (1 + scale_m) + shift_m).to(work)
     return x + (gate_m * _drop(_mlp(block, layout, h), p)).to(x.dtype)
+
+
+def _warn_of_hooks(module: nn.Module, called: tuple[str, ...], path: str = "") -> None:
+    """Say which modules inside a layer have hooks and are neither called by `run` nor part of one that is."""
+    for name, child in module._modules.items():
+        if child is None or path + name in called:
+            continue
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+            warnings.warn(
+                f"the hooks on {path}{name} do not run: of its modules a patched layer calls its projections alone; "
+                "hook these or the layer, or unpatch the model",
+                stacklevel=2,
+            )
+        _warn_of_hooks(child, called, f"{path}{name}.")
 
 
 def projections(block: nn.Module, layout: Layout) -> tuple[nn.Linear, ...]:
@@ -292,7 +319,7 @@ def _work(block: Any, layout: Layout, x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     weight = getattr(_at(block, layout.qkv[0]), "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.dtype.is_floating_point else x.dtype
+    return weight.dtype if isinstance(weight, Tensor) and weight.dtype in COMPUTED else x.dtype
 
 
 def _drop(branch: Tensor, p: float) -> Tensor:

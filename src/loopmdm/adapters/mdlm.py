@@ -22,6 +22,8 @@ from .family import Family, Part, fits, unlooped, value
 from .layer import Layout, Patched, Shared, run
 
 EPS = 1e-5
+MASKED = ("bert", "bart", "electra", "text8")
+"""Parts of names of tokenizers that have a mask token; with others MDLM adds one behind the last id."""
 
 
 def forward(
@@ -216,6 +218,22 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
+def mask_index(config: Any) -> int | None:
+    """The mask's id where the configuration has it; None is the last id.
+
+    Raises:
+        InputError: it has none, and the tokenizer that it names has a mask token, which MDLM then takes.
+    """
+    found = value(config, "mask_token_id", "mask_index", default=None)
+    tokenizer = str(value(config, "data.tokenizer_name_or_path", default="")).rpartition("/")[2]
+    if found is None and any(part in tokenizer.lower() for part in MASKED):
+        raise InputError(
+            f"the mask of this model is the mask token of {tokenizer}, whose id its configuration lacks; give it as "
+            "mask_id, or as mask_index in the configuration"
+        )
+    return found
+
+
 def to_config(config: Mapping[str, Any]) -> ModelConfig:
     """MDLM's Hydra configuration (with `model.*`), or the flat one of its models on the Hub."""
     hidden = value(config, "model.hidden_size", "hidden_size", "hidden_dim")
@@ -223,7 +241,7 @@ def to_config(config: Mapping[str, Any]) -> ModelConfig:
     vocab = value(config, "vocab_size", "model.vocab_size")
     return ModelConfig(
         vocab_size=vocab,
-        mask_token_id=value(config, "mask_index", "mask_token_id", default=None),
+        mask_token_id=mask_index(config),
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=value(config, "model.n_heads", "n_heads"),

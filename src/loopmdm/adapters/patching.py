@@ -10,7 +10,10 @@ from typing import TypeVar
 from torch import nn
 
 from ..errors import InputError
+from ..ops import native
+from ..ops.contract import Choice
 from ..ops.residual_norm import OP
+from ..ops.rotary_attention import OP as ATTENTION
 from . import dream, llada, mdlm, smdm
 from .family import Family, Unfit
 from .layer import Layout, Patched, Shared
@@ -33,10 +36,11 @@ def register(family: Family) -> None:
 def patch(model: Model, *, ignore_padding: bool = False) -> Model:
     """Run the layers of `model` with this package's ops, on CPU or GPU and without flash-attn.
 
-    Only the layers' `forward` is replaced: modules, Parameter objects, state_dict keys, optimizers, EMA copies and
-    hooks stay as they are, and projections are called as modules (LoRA and quantised ones included). Autocast is
-    respected. Wrap in DDP or FSDP, or compile, afterwards; patch again what was pickled whole. Layers that are ours
-    already are left alone.
+    Only the layers' `forward` is replaced: modules, Parameter objects, state_dict keys, optimizers and EMA copies
+    stay as they are, and so do hooks on layers and on projections, which are called as modules (LoRA and quantised
+    ones included); hooks on other modules inside a layer do not run, which a warning says. Autocast is respected. Wrap
+    in DDP or FSDP, or compile, afterwards; patch again what was pickled whole. Layers that are ours already are left
+    alone.
 
     Args:
         model: a model of a known family; recognised by the class names and parameter names of its layers, without
@@ -125,7 +129,11 @@ def report(model: nn.Module) -> str:
 
 def _runs(block: nn.Module, layout: Layout) -> list[str]:
     weight = next(block.parameters())
-    choice = OP.choose("auto", weight.device, weight.dtype, rows=1024, dim=weight.shape[-1])
+    norm = OP.choose("auto", weight.device, weight.dtype, rows=1024, dim=weight.shape[-1])
+    attention = Choice("torch", {}, "F.scaled_dot_product_attention")
+    if weight.is_cpu:
+        sizes = {"tokens": 1024, "head_dim": layout.head_dim, "level_below_4": native.level_below_4()}
+        attention = ATTENTION.choose("auto", weight.device, weight.dtype, **sizes)
     heads = f"{layout.heads} heads of {layout.head_dim}"
     if layout.groups != layout.heads:
         heads += f" over {layout.groups} key/value heads"
@@ -140,8 +148,8 @@ def _runs(block: nn.Module, layout: Layout) -> list[str]:
     causal = ", causal where no mask is given" if layout.causal else ""
     return [
         "; ".join(parts),
-        f"residual_norm: {choice.impl} ({choice.why})",
-        f"attention: torch.scaled_dot_product_attention{causal}; padding {padding}",
+        f"residual_norm: {norm.impl} ({norm.why})",
+        f"attention: {attention.impl} ({attention.why}){causal}; padding {padding}",
     ]
 
 

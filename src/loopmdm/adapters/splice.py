@@ -8,12 +8,14 @@ every visit.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from ..config import check_loops
 from ..errors import InputError, number, whole
 from ..model.depth import Depth, apart, check_over, planned, stops
-from .patching import _replaced, is_ours, own_forward, recognise, shared_of, unknown, wire
+from .passes import Loops, Pass, current, during, recomputing, remember
+from .patching import _replaced, is_ours, own_forward, recognise, unknown, wire
 
 Model = TypeVar("Model", bound=nn.Module)
-Loops = int | Tensor | Depth | Callable[[], int]
-"""S; integers [B], an S a sequence; a `Depth`; or a schedule, called once a pass for its S."""
 
 CACHES = ("layer_past", "layers_past", "past_key_value", "past_key_values", "use_cache")
 FORMAT = 1
@@ -45,7 +46,6 @@ class Loop:
     ) -> None:
         self.layers, self.start, self.damping, self.batched = list(layers), start, damping, batched
         self.num_loops: Loops = num_loops
-        self.positions: Tensor | None = None
         self.first = next(iter(inspect.signature(own_forward(self.layers[-1])).parameters))
 
     def __str__(self) -> str:
@@ -54,16 +54,44 @@ class Loop:
         damping = "" if self.damping == 1 else f", damped by {self.damping:g}"
         return f"{run}, S = {self.num_loops!r}{damping}"
 
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            "a looped model cannot be pickled whole; save its state_dict, and its loops with save_loops, and call "
+            "load_loops on the model that you build anew"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loop:
+        memo[id(self)] = twin = object.__new__(Loop)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def drive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = own_forward(self.layers[-1])(*args, **kwargs)
-        asked = self.num_loops() if callable(self.num_loops) else self.num_loops
-        if isinstance(asked, int) and asked == 1:
-            return out
+        now = current()
+        asked, positions = now.of(self)
+        if callable(asked):
+            if recomputing():
+                raise InputError(
+                    "gradient checkpointing computes this layer again, and a schedule cannot be asked twice for the S "
+                    "of a pass; checkpoint with use_reentrant=False, or set a number (set_num_loops)"
+                )
+            asked = asked()
+            now = now.with_loop(self, asked, positions)
+        if not (isinstance(asked, int) and asked == 1):
+            out = self._visits(out, asked, positions, args, kwargs)
+        remember(out, now)
+        return out
+
+    def _visits(
+        self, out: Any, asked: Loops, positions: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self._refuse_caches(args, kwargs)
         x = out[0] if isinstance(out, tuple) else out
-        loops, depth = planned(asked, 1, len(x))
+        loops, depth = planned(asked, 1, len(x))  # type: ignore[arg-type]
         if isinstance(loops, Tensor):
-            x = self._apart(x, loops, depth, args, kwargs)
+            (last,), visits = apart(_Walk(self, x, depth, positions, args, kwargs), loops)
+            assert last is not None
+            x, depth.visits = last, visits.to(x.device)
         else:
             x = self._together(x, loops, depth, args, kwargs)
         if isinstance(asked, Depth):
@@ -82,25 +110,19 @@ class Loop:
                 x = x.detach()
         return x
 
-    def _apart(self, x: Tensor, limit: Tensor, depth: Depth, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        walk = _Walk(self, x, depth, args, kwargs)
-        try:
-            (out,), visits = apart(walk, limit)
-        finally:
-            walk.restore()
-        depth.visits = visits.to(x.device)
-        assert out is not None
-        return out
-
     def _visit(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], recompute: bool = False) -> Tensor:
         if recompute and torch.is_grad_enabled():
-            return checkpoint(self._visit, x, args, kwargs, use_reentrant=False)
+            return checkpoint(self._again, current(), x, args, kwargs, use_reentrant=False)
         before = x
         for layer in self.layers:
             call = own_forward(layer) if layer is self.layers[-1] else layer
             out = call(x, *args[1:], **kwargs) if args else call(**{**kwargs, self.first: x})
             x = out[0] if isinstance(out, tuple) else out
         return x if self.damping == 1 else torch.lerp(before, x, self.damping)
+
+    def _again(self, now: Pass, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        with during(now):
+            return self._visit(x, args, kwargs)
 
     def _refuse_caches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.bound(args, kwargs)
@@ -120,18 +142,24 @@ class Loop:
 class _Walk:
     """The sequences of one pass that have not left the loop; a `depth.Walk`. Visit 1 is over when it begins."""
 
-    def __init__(self, loop: Loop, x: Tensor, depth: Depth, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.loop, self.depth, self.x = loop, depth, x
+    def __init__(
+        self,
+        loop: Loop,
+        x: Tensor,
+        depth: Depth,
+        positions: Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.loop, self.depth, self.x, self.now = loop, depth, x, current()
         self.previous: Tensor | None = None
-        self.batched, self.positions = self._batched(), loop.positions
-        if depth.early_exit is not None and loop.positions is None:
+        self.batched, self.positions = self._batched(), positions
+        if depth.early_exit is not None and positions is None:
             over = check_over(getattr(depth.early_exit, "over", "sequence"))
             if over == "masked":
                 raise InputError("an exit rule over the masked positions needs as_denoiser, which knows them")
         self.names = list(inspect.signature(own_forward(loop.layers[-1])).parameters)[: len(args)]
         self.args, self.kwargs = args, kwargs
-        self.shared = shared_of(loop.layers)
-        self.masks = [shared.mask for shared in self.shared]
 
     def _batched(self) -> Mapping[str, int]:
         if self.loop.batched is not None:
@@ -148,7 +176,9 @@ class _Walk:
     def visit(self, k: int) -> None:
         if k > 1:
             self.previous = self.x
-            self.x = self.loop._visit(self.x, self.args, self.kwargs, self.depth.checkpoint)
+            with during(self.now):
+                self.x = self.loop._visit(self.x, self.args, self.kwargs, self.depth.checkpoint)
+        remember(self.x, self.now)  # its rows of the mask
 
     def stops(self, k: int) -> Tensor | None:
         rule = self.depth.early_exit
@@ -162,18 +192,13 @@ class _Walk:
         self.args = tuple(self._pick(name, part, rows) for name, part in zip(self.names, self.args, strict=True))
         self.kwargs = {name: self._pick(name, part, rows) for name, part in self.kwargs.items()}
         self.positions = None if self.positions is None else self.positions[rows]
-        for shared in self.shared:
-            shared.mask = _rows(shared.mask, rows, 4)
+        self.now = replace(self.now, mask=_rows(self.now.mask, rows, 4))
 
     def _pick(self, name: str, part: Any, rows: Tensor) -> Any:
         return _rows(part, rows, self.batched[name]) if name in self.batched else part
 
     def output(self, rows: Tensor | None) -> tuple[Tensor, ...]:
         return (self.x if rows is None else self.x[rows.to(self.x.device)],)
-
-    def restore(self) -> None:
-        for shared, mask in zip(self.shared, self.masks, strict=True):
-            shared.mask = mask
 
 
 def _rows(part: Any, rows: Tensor, dims: int) -> Any:
@@ -252,25 +277,42 @@ def set_num_loops(model: nn.Module, num_loops: Loops) -> None:
 
 @contextmanager
 def looping(model: nn.Module, num_loops: Loops | None, positions: Tensor | None = None) -> Iterator[None]:
-    """Set the S of every looped run for a while; None leaves it.
+    """Set the S of every looped run for a while, in this thread; None leaves it.
+
+    Activation checkpointing sees it too, of calls of `model` itself.
 
     Args:
         positions: bool [B, T] that an exit rule looks at; None is all.
+    """
+    now = asking(model, num_loops, positions)
+
+    def called(module: nn.Module, args: object, out: object) -> None:
+        if current() is now:  # not another thread's call
+            remember(out, now)
+
+    handle = model.register_forward_hook(called)
+    try:
+        with during(now):
+            yield
+    finally:
+        handle.remove()
+
+
+def asking(model: nn.Module, num_loops: Loops | None, positions: Tensor | None = None, settle: bool = False) -> Pass:
+    """This thread's pass with another S in every looped run of a model, None: with the one that it has.
+
+    With `settle` schedules are asked for theirs.
     """
     loops = loops_of(model)
     if num_loops is not None and not loops and not (isinstance(num_loops, int) and num_loops == 1):
         _some(model)
     if isinstance(num_loops, Depth) and len(loops) > 1:
         raise InputError(f"a Depth needs one looped run of layers; this model has {len(loops)}")
-    before = [(loop, loop.num_loops) for loop in loops]
-    try:
-        for loop in loops:
-            loop.num_loops = loop.num_loops if num_loops is None else _checked(num_loops)
-            loop.positions = positions
-        yield
-    finally:
-        for loop, own in before:
-            loop.num_loops, loop.positions = own, None
+    now = current()
+    for loop in loops:
+        asked = now.of(loop)[0] if num_loops is None else _checked(num_loops)
+        now = now.with_loop(loop, asked() if settle and callable(asked) else asked, positions)
+    return now
 
 
 def save_loops(model: nn.Module, path: str | Path) -> None:

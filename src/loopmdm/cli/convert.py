@@ -21,6 +21,7 @@ def options(parser: Parser) -> None:
         "--weights", metavar="ema|raw", help="which weights (default: the moving average where the file has one)"
     )
     parser.add_argument("--config", metavar="JSON", help="the codebase's configuration (default: what lies with CKPT)")
+    parser.add_argument("--mask-id", type=int, metavar="ID", help="of the mask, where the configuration lacks it")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,12 +36,13 @@ def run(options: argparse.Namespace) -> int:
             options.source,
             weights=options.weights,
             config=options.config,
+            mask_id=options.mask_id,
             progress=_progress(),
         )
     else:
-        for name in ("weights", "config"):
+        for name in ("weights", "config", "mask_id"):
             if getattr(options, name) is not None:
-                raise InputError(f"--{name} goes with --from; a LoopMDM folder brings its own")
+                raise InputError(f"--{name.replace('_', '-')} goes with --from; a LoopMDM folder brings its own")
         done = from_loopmdm(options.checkpoint, options.out, options.target, progress=_progress())
     print(f"{done.out}: {done.tensors} tensors, {si(done.bytes)}B, {done.weights} weights of {done.family}")
     if options.source is not None:

@@ -38,10 +38,10 @@ def options(parser: Parser) -> None:
         help="with --rolling: given from the window before (default 0)",
     )
     parser.add_argument("--by-time", action="store_true", help="also where in t the NELBO and the gain come from")
-    parser.add_argument("--bins", type=int, default=8, help="of t with --by-time (default 8)")
+    parser.add_argument("--bins", type=int, help="of t with --by-time (default 8)")
     parser.add_argument("--compare", metavar="DIR", help="another model, measured on the same masks")
     parser.add_argument("--generate", type=int, metavar="N", help="also judge N samples at each S")
-    parser.add_argument("--steps", type=int, default=64, help="denoising steps of the samples (default 64)")
+    parser.add_argument("--steps", type=int, help="denoising steps of the samples (default 64)")
     parser.add_argument(
         "--scorer", metavar="PATH", help="judge of the samples: a run's folder, or a Hugging Face causal language model"
     )
@@ -66,6 +66,15 @@ def data_options(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_outputs(options.json, options.plot)
+    for name, value, owner, given in (
+        ("context", options.context or None, "rolling", options.rolling),
+        ("bins", options.bins, "by-time", options.by_time),
+        ("steps", options.steps, "generate N", options.generate is not None),
+    ):
+        if value is not None and not given:
+            raise InputError(f"--{name} goes with --{owner}")
+    options.bins = 8 if options.bins is None else options.bins
+    options.steps = 64 if options.steps is None else options.steps
     check_numbers(options, "samples", "bins", "steps")
     if options.bound not in BOUNDS:
         raise InputError(f"--bound is {options.bound!r}{nearest(options.bound, BOUNDS)}")
@@ -73,8 +82,6 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--scorer judges samples; say how many with --generate N")
     if options.generate is not None and options.generate < 2:
         raise InputError(f"--generate is {options.generate}; at least 2 samples are needed for an error")
-    if options.context and not options.rolling:
-        raise InputError("--context goes with --rolling")
     if options.plot and Path(options.plot).suffix not in PICTURES:
         raise InputError(f"--plot ends in {', '.join(PICTURES)}, unlike {options.plot}")
     if options.plot:
@@ -97,7 +104,9 @@ def run(options: argparse.Namespace) -> int:
         rolling=options.rolling,
         context=options.context,
     )
-    other = None
+    if options.generate is not None and text.maskable is not None:
+        raise InputError(f"--generate draws text from nothing, and {options.folder} answers prompts; leave it out")
+    other, its_text = None, text
     if options.compare:
         other, its_tokenizer = load(options.compare)
         evaluate.check_comparable(tokenizer, its_tokenizer, options.folder, options.compare)
@@ -106,6 +115,7 @@ def run(options: argparse.Namespace) -> int:
                 f"a window is {text.length} tokens, more than the {other.config.max_position_embeddings} of "
                 f"{options.compare}; give a shorter --length"
             )
+        its_text = text.read_by(options.compare)
     device = evaluate.place(model)
     how = {"samples": options.samples, "seed": options.seed}
     report: dict[str, Any] = {
@@ -131,10 +141,13 @@ def run(options: argparse.Namespace) -> int:
         evaluate.place(other)
         its = [S if other.max_loops > 1 else 1 for S in loops]
         unique = list(dict.fromkeys(its))
-        theirs = evaluate.measure(other, text, unique, bound=options.bound, **how)
+        theirs = evaluate.measure(other, its_text, unique, bound=options.bound, **how)
         rows = evaluate.compare_rows(found, theirs, its)
-        report["compare"] = {"folder": str(options.compare), "rows": rows}
-        print(f"\nAgainst {options.compare} on the same masks (below 0: this model is better):\n{_compare_table(rows)}")
+        said = {"packing": its_text.packing, "trained_on": its_text.trained_on}
+        report["compare"] = {"folder": str(options.compare), **said, "rows": rows}
+        packed = "" if its_text.packing == text.packing else f", which reads them with packing {its_text.packing}"
+        print(f"\nAgainst {options.compare}{packed}, on the same masks (below 0: this model is better):")
+        print("\n".join((*its_text.seen(), _compare_table(rows))))
     if options.by_time:
         profile = evaluate.time_profile(model, text, loops, options.bins, **how)
         report["by_time"] = evaluate.time_rows(profile)
@@ -198,7 +211,7 @@ def _loop_table(rows: list[dict[str, Any]]) -> str:
                 si(r["flops_per_token"]),
                 pm(r["nats"], r["error"]),
                 f"{r['bits']:.3f}",
-                f"{r['bits_per_character']:.3f}",
+                "" if r["bits_per_character"] is None else f"{r['bits_per_character']:.3f}",
                 f"{r['perplexity']:,.2f}",
                 pm(r["gain"], r["gain_error"]) if i else "",
             )

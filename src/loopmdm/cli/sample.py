@@ -37,9 +37,7 @@ def options(parser: Parser) -> None:
     parser.add_argument("--stop", action="store_true", help="end each sample at the first end of a document")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample (default 0)")
     parser.add_argument("--watch", action="store_true", help="show the denoising (on a terminal)")
-    parser.add_argument(
-        "--pace", type=float, default=0.05, help="with --watch: seconds a step stays, at least (default 0.05)"
-    )
+    parser.add_argument("--pace", type=float, help="with --watch: seconds a step stays, at least (default 0.05)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -49,8 +47,11 @@ def run(options: argparse.Namespace) -> int:
     from ..lab import sample
     from ..lab.watch import printable
 
-    if not 0 <= options.pace <= 10:
-        raise InputError(f"--pace is {options.pace}; it must be between 0 and 10 seconds a step")
+    if options.pace is not None and not options.watch:
+        raise InputError("--pace goes with --watch")
+    pace = 0.05 if options.pace is None else options.pace
+    if not 0 <= pace <= 10:
+        raise InputError(f"--pace is {pace}; it must be between 0 and 10 seconds a step")
     texts, made = sample.sample(
         options.folder,
         options.prompt,
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         stop=options.stop,
         policy=options.policy,
         watch=Console(highlight=False, markup=False) if options.watch and not options.json else None,
-        pace=options.pace,
+        pace=pace,
         steps=options.steps,
         temperature=options.temperature,
         top_k=options.top_k,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -46,8 +47,8 @@ def options(parser: Parser) -> None:
     )
     parser.epilog = (
         "The defaults suit long runs. Minutes on a CPU go further with: --optimizer muon --lr 2e-3 --matrix-lr 0.01 "
-        "--objective masked_mean --ema 0.98 --length 64 --set initializer_range=0.3. SIGTERM and Ctrl-C let the step "
-        "in progress end and save everything."
+        "--objective masked_mean --ema 0.98 --length 64 --set initializer_range=0.3. Ctrl-C, SIGTERM and SIGHUP let "
+        "the step in progress end and save everything."
     )
     recipe = parser.add_argument_group("recipe")
     texts = described(Recipe)
@@ -66,6 +67,7 @@ def options(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..lab import text_run
+    from ..lab.data import TOKENIZERS
     from ..lab.recipe import Recipe
 
     given = {name: value for name, value in vars(options).items() if name != "run"}
@@ -76,6 +78,11 @@ def run(options: argparse.Namespace) -> int:
     for name in ("data", "valid"):
         if name in given:
             given[name] = [_absolute(spec) for spec in given[name]]
+    for name in ("cache", "init"):
+        if name in given:
+            given[name] = os.path.abspath(given[name])
+    if given.get("tokenizer") not in (None, *TOKENIZERS) and os.path.exists(given["tokenizer"]):
+        given["tokenizer"] = os.path.abspath(given["tokenizer"])
     if "resume" in given:
         made = _resume(given)
     else:
@@ -89,11 +96,28 @@ def run(options: argparse.Namespace) -> int:
             if brought:
                 name = brought[0].replace("_", "-")
                 raise InputError(f"--init brings its own configuration and tokenizer; leave out --{name}")
+        _refuse_idle(given)
         of_recipe = {f.name for f in dataclasses.fields(Recipe)}
         recipe = Recipe(**{name: value for name, value in given.items() if name in of_recipe})
         rest = {name: value for name, value in given.items() if name not in of_recipe | {"out"}}
         made = text_run.train(given["out"], recipe, text_run.Settings(**rest))
     return 0 if made.signal is None else 128 + made.signal
+
+
+def _refuse_idle(given: Mapping[str, Any]) -> None:
+    """Refuse what was given and would change nothing beside the rest."""
+    for name, counts, why in (
+        ("t_start", given.get("t_ramp"), "without --t-ramp"),
+        ("t_ramp", given.get("t_start", 1.0) != 1, "without --t-start"),
+        ("vocab_size", given.get("tokenizer") == "bpe", "without --tokenizer bpe"),
+        ("prompt_key", given.get("sft"), "without --sft"),
+        ("answer_key", given.get("sft"), "without --sft"),
+        ("matrix_lr", given.get("optimizer", "adamw") != "adamw", "without --optimizer muon"),
+        ("decay_share", given.get("decay") != "constant", "with --decay constant"),
+        ("loop_distribution", "loops" not in given, "with --loops"),
+    ):
+        if name in given and not counts:
+            raise InputError(f"--{name.replace('_', '-')} does nothing {why}; leave it out")
 
 
 def _resume(given: dict[str, Any]) -> Any:

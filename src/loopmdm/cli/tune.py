@@ -74,8 +74,9 @@ def run(options: argparse.Namespace) -> int:
             found += done
     if found:
         print(table(_rows(found)))
-        print(f"\nA row is earned at {MARGIN}x torch with 95% confidence; torch keeps the others. Threads:", end=" ")
-        print(f"{torch.get_num_threads()}." if device.type == "cpu" else "timed as CUDA graphs.")
+        graphs = "Timed as CUDA graphs where torch's own can be captured."
+        how = f"Threads: {torch.get_num_threads()}." if device.type == "cpu" else graphs
+        print(f"\nA row is earned at {MARGIN}x torch with 95% confidence; torch keeps the others. {how}")
         print(f"rows: {path or tuned.TABLES}\ntimings: {store.results}")
         gone = [f"{count} of {what}" for what, count in replaced.items() if count]
         if gone:

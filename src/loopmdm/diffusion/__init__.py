@@ -1,10 +1,11 @@
 """Masked diffusion: schedule.py (noise), loss.py (corruption, the NELBO, fine-tuning), bounds.py (measuring).
 
-montecarlo.py holds the masks and passes behind bounds.py.
+montecarlo.py holds the masks and passes behind bounds.py, module.py the loss as a module for DDP.
 """
 
 from .bounds import Difference, Likelihood, TimeProfile, likelihood, nelbo_by_time, rolling
 from .loss import NELBO, T_MIN, Corruption, corrupt, nelbo, sample_loops, sft, stratified_times
+from .module import NELBOLoss
 from .schedule import EPS, SCHEDULES, Cosine, Linear, LogLinear, Polynomial, Schedule, build_schedule
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Likelihood",
     "Linear",
     "LogLinear",
+    "NELBOLoss",
     "Polynomial",
     "Schedule",
     "TimeProfile",

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import random
 from ..config import check_loops
 from ..errors import InputError, whole
-from ..model.denoiser import Denoiser, rows_at
+from ..model.denoiser import Denoiser, check_mask, document_numbers, rows_at
 from ..model.depth import Depth
 from ..model.flops import uniform_loops
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -149,7 +149,7 @@ def nelbo(
         num_loops: S; a distribution {S: probability} to draw S from; a function of the step; None draws
             S ~ U{1..max_loops}.
         t: [B] in (0, 1]; None is stratified over the global batch.
-        mask: bool [B, T]; None draws it.
+        mask: bool [B, T], given together with its t; None draws it.
         seed, step, index, global_batch: identify the random numbers; index is the global sample
             index [B] (default 0..B-1) and global_batch the number of samples a step (default B).
         t_range: interval of the stratified t.
@@ -166,8 +166,14 @@ def nelbo(
     Raises:
         InputError: ids outside the vocabulary or that the model never predicts, [MASK] among them, t outside (0, 1]
             (all checked on CPU); shapes that disagree, an unknown objective or schedule, S < 1 or probabilities of S
-            that do not sum to 1, a depth or document_ids that the model does not take.
+            that do not sum to 1, a mask without its t, a depth or document_ids that the model does not take, a wrapper
+            that has no `hidden`, as DistributedDataParallel (see `NELBOLoss`).
     """
+    if not hasattr(model, "hidden"):
+        raise InputError(
+            f"{type(model).__name__} has no hidden(), so it is no Denoiser; to train under DDP wrap the loss, not the "
+            "model: DistributedDataParallel(NELBOLoss(model))"
+        )
     same_shape("tokens", tokens, attention_mask=attention_mask, maskable=maskable, mask=mask, document_ids=document_ids)
     B, device = len(tokens), tokens.device
     for name, given in (("t", t), ("index", index)):
@@ -177,6 +183,8 @@ def nelbo(
     if device.type == "cpu" and t is not None and not bool(((t > 0) & (t <= 1)).all()):
         raise InputError("t must be in (0, 1] for every sequence")
     counted = counted_tokens(model, tokens, attention_mask, maskable)
+    if mask is not None and t is None:
+        raise InputError("mask is given without t; give the times [B] that it belongs to too, as the weights need them")
     one_of("objective", objective, ("nelbo", "masked_mean"))
     one_of("average", average, ("token", "sequence"))
     schedule = build_schedule(schedule)
@@ -206,9 +214,9 @@ def nelbo(
         counts if objective == "nelbo" else corruption.mask.sum(-1),
         average,
     )
-    losses = []
+    losses, numbers = [], document_numbers(attention_mask, document_ids)
     for state in plan.outputs if plan is not None and plan.every else [hidden]:
-        total, ce = cross_entropies(model, state, tokens, corruption.mask, factor)
+        total, ce = cross_entropies(model, state, tokens, corruption.mask, factor, numbers)
         losses.append(total / terms)
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
@@ -269,14 +277,20 @@ def sft(
 
 
 def cross_entropies(
-    model: Denoiser, hidden: Tensor, tokens: Tensor, mask: Tensor, weights: Tensor | None = None
+    model: Denoiser,
+    hidden: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    weights: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-log p of the clean token at each of n masked positions: their weighted sum, and each, [n] in row-major order.
 
-    The sum may be differentiated, what is [n] is detached. No more than a chunk of the logits is ever held.
+    The sum may be differentiated, what is [n] is detached. No more than a chunk of the logits is ever held. Where
+    there are padding or documents, `numbers` tells them (`document_numbers`).
     """
     head, bias = model.head()
-    picked = rows_at(model, hidden, mask)
+    picked = rows_at(model, hidden, mask, numbers)
     return linear_cross_entropy(picked, head, tokens[mask], bias, weights, suppressed=model.suppressed_ids)
 
 
@@ -308,6 +322,8 @@ def same_shape(name: str, tokens: Tensor, **others: Tensor | None) -> None:
     for other, given in others.items():
         if given is not None and _shape(given) != _shape(tokens):
             raise InputError(f"{other} is {_shape(given)}, {name} is {_shape(tokens)}; they must agree")
+        if given is not None and other == "attention_mask":
+            check_mask(given)
 
 
 def one_each(name: str, given: Tensor, tokens: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import random
 from ..errors import InputError, whole
-from ..model.denoiser import Denoiser, evaluating
+from ..model.denoiser import Denoiser, document_numbers, evaluating
 from ..model.depth import Depth
 from .loss import counted_tokens, cross_entropies, one_each, packed, plan_depth, same_shape
 from .schedule import Schedule
@@ -110,6 +110,7 @@ def measure(
             real, documents = (
                 None if x is None else x[row.to(x.device)].to(device) for x in (attention_mask, document_ids)
             )
+            numbers = document_numbers(real, documents)
             mask, sigma, weight = draw(index[row.to(index.device)].to(device), sample.to(device), allowed)
             seen, owner = clean.masked_fill(mask, model.mask_id), mask.nonzero()[:, 0]
             masked[cell] = mask.sum(-1).double().cpu()
@@ -117,7 +118,7 @@ def measure(
                 plan = plan_depth(model, depth, S)
                 visit: int | Depth = S if plan is None else plan
                 hidden = model.hidden(seen, real, visit, sigma, **packed(model, documents))  # type: ignore[arg-type]
-                _, ce = cross_entropies(model, hidden, clean, mask)
+                _, ce = cross_entropies(model, hidden, clean, mask, numbers=numbers)
                 sums = torch.zeros(len(cell), dtype=torch.float64, device=device).index_add_(0, owner, ce.double())
                 plain[i, cell], weighted[i, cell] = sums.cpu(), (sums * weight).cpu()
                 done = plan.visits if plan is not None else None

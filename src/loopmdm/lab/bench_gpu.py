@@ -47,8 +47,8 @@ def _bench(name: str, files: str, minutes: float, select: str = "") -> Part:
     return Part(name, ("-m", "pytest", "-q", *paths, "--benchmark-only", *chosen), minutes, measures=True)
 
 
-NCU = ("ncu", "--csv", "--print-units", "base", "--profile-from-start", "off", "--cache-control", "none")
-NCU += ("--metrics", "dram__bytes_read.sum,dram__bytes_write.sum")
+NCU = ["ncu", "--csv", "--print-units", "base", "--profile-from-start", "off", "--cache-control", "none"]
+NCU += ["--metrics", "dram__bytes_read.sum,dram__bytes_write.sum"]
 """Caches are not flushed between kernels, as ncu does by default: what stays in one is what is to be seen."""
 TUNED = ["attention", "residual_norm", "norm_linear", "linear_residual", "loop_boundary", "head_stats"]
 TUNED += ["linear_cross_entropy"]

@@ -7,6 +7,7 @@ the end of a document, then the mask.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from ..errors import InputError, nearest
 from .data import TOKENIZER_FILE, load_tokenizer
 from .prepare import FILES, FORMAT, META, PARTS, digest, prepare, request, sha256
 from .sources import expand
+from .state import lock
 
 PACKINGS = ("stream", "documents")
 
@@ -118,6 +120,11 @@ class Corpus:
         return int(self.meta["vocab_size"])
 
     @property
+    def sha256(self) -> str:
+        """Of its files' checksums."""
+        return hashlib.sha256(json.dumps(self.meta["files"], sort_keys=True).encode()).hexdigest()
+
+    @property
     def characters_per_token(self) -> float:
         return float(self.meta["characters_per_token"])
 
@@ -153,7 +160,8 @@ class Corpus:
             progress: called with a line now and then.
 
         Raises:
-            InputError: bad sources, tokenizer or share; a folder that holds something else; a full disk.
+            InputError: bad sources, tokenizer or share; text to validate on that is among the sources; a folder that
+                holds something else; a full disk.
         """
         if not 0 < valid_share < 1:
             raise InputError(f"valid_share is {valid_share}; it must be between 0 and 1")
@@ -287,15 +295,8 @@ def _replace(folder: Path, new: Path) -> None:
 @contextmanager
 def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold `.NAME.lock` beside the folder; the system lets go of it when the process ends, however that happens."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             say(f"waiting for another process that builds {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         yield

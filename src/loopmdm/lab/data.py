@@ -118,11 +118,11 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def decode(tokenizer: Tokenizer, ids: Iterable[int], eos_id: int | None = None) -> str:
-    """Text of ids; masked positions show as a shaded box, ends of documents (`eos_id`) as "␃"."""
+def decode(tokenizer: Tokenizer, ids: Iterable[int], eos_id: int | None = None, mask_id: int | None = None) -> str:
+    """Text of ids; masks (`mask_id`, and what the tokenizer lacks) show as a shaded box, `eos_id` as "␃"."""
     size, pieces, run = tokenizer.get_vocab_size(), [], []
     for token in ids:
-        if token < size:
+        if token < size and token != mask_id:
             run.append(token)
             continue
         pieces += [tokenizer.decode(run), END_SYMBOL if token == eos_id else MASK_SYMBOL]

@@ -25,6 +25,8 @@ from .score import Scorer, distinct, generative_perplexity, unigram_entropy
 BITS = 1 / math.log(2)
 SEVERAL = 4
 """Denoising steps of the demo's column that asks what is left of the loops' gain when steps are several."""
+POLICY = "ancestral"
+"""Of the samples that `loopmdm eval` judges."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,22 @@ def measure(
             samples=samples,
             seed=seed,
         )
-    return likelihood(model, text.windows, num_loops=list(loops), bound=bound, samples=samples, seed=seed)
+    return likelihood(
+        model,
+        text.windows,
+        num_loops=list(loops),
+        bound=bound,
+        samples=samples,
+        maskable=text.maskable,
+        document_ids=text.document_ids,
+        seed=seed,
+    )
 
 
 def loop_rows(model: LoopMDM, text: Measured, found: Likelihood) -> list[dict[str, Any]]:
     """One row an S: bounds in nats, bits and perplexity, FLOPs, and the paired gain over the first S."""
     first = found.at(found.loops[0])
+    each = text.characters_per_token
     rows = []
     for S in found.loops:
         here = found.at(S)
@@ -124,7 +136,7 @@ def loop_rows(model: LoopMDM, text: Measured, found: Likelihood) -> list[dict[st
                 "nats": nats,
                 "error": finite(here.error),
                 "bits": nats * BITS,
-                "bits_per_character": nats * BITS / text.characters_per_token,
+                "bits_per_character": None if each is None else nats * BITS / each,
                 "perplexity": math.exp(min(nats, 700.0)),
                 "gain": float(gain.mean),
                 "gain_error": finite(gain.error),
@@ -174,7 +186,16 @@ def time_profile(
     if bins < 1:
         raise InputError(f"bins is {bins}; it must be at least 1")
     edges = torch.linspace(T_MIN, 1.0, bins + 1, dtype=torch.float64)
-    return nelbo_by_time(model, text.windows, list(loops), edges, samples=samples, seed=seed)
+    return nelbo_by_time(
+        model,
+        text.windows,
+        list(loops),
+        edges,
+        samples=samples,
+        maskable=text.maskable,
+        document_ids=text.document_ids,
+        seed=seed,
+    )
 
 
 def time_rows(profile: TimeProfile) -> dict[str, Any]:
@@ -199,7 +220,6 @@ def generated(
     count: int,
     *,
     steps: int = 64,
-    policy: str = "ancestral",
     scorer: Scorer | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -217,7 +237,7 @@ def generated(
             max_new_tokens=text.length,
             steps=steps,
             num_loops=S,
-            policy=policy,
+            policy=POLICY,
             seed=seed,
         )
         rows.append({"loops": S, "flops": made.flops, **_judged(made.sequences(), tokenizer, scorer)})
@@ -225,7 +245,7 @@ def generated(
         "samples": count,
         "length": text.length,
         "steps": steps,
-        "policy": policy,
+        "policy": POLICY,
         "scorer": None if scorer is None else getattr(scorer, "name", repr(scorer)),
         "rows": rows,
     }

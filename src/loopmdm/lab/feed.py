@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -53,7 +52,7 @@ class CorpusFeed:
         self.valid = corpus.valid_windows(length, windows, packing)
         self.units = corpus.characters_per_token
         self.unigram_bits: float | None = corpus.unigram_bits
-        self.sha256 = hashlib.sha256(json.dumps(corpus.meta["files"], sort_keys=True).encode()).hexdigest()
+        self.sha256 = corpus.sha256
         self.summary = (
             f"Text: {len(corpus.train):,} training and {len(corpus.valid):,} validation tokens of "
             f"{self.vocab_size - 1} kinds, {self.units:.2f} characters a token; held out: {corpus.meta['split']}; "

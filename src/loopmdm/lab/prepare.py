@@ -88,8 +88,13 @@ def request(
     vocab_size: int,
     share: float,
 ) -> tuple[dict[str, Any], Tokenizer | str]:
-    """What a corpus is made from, as JSON: equal requests make equal corpora. Also the kind of tokenizer or itself."""
+    """What a corpus is made from, as JSON: equal requests make equal corpora. Also the kind of tokenizer or itself.
+
+    Raises:
+        InputError: a bad tokenizer; text to validate on that is also trained on.
+    """
     chosen: dict[str, Any]
+    _apart(sources, valid)
     if isinstance(tokenizer, str) and tokenizer in TOKENIZERS:
         chosen = {"kind": tokenizer} | ({"vocab_size": vocab_size} if tokenizer == "bpe" else {})
     else:
@@ -102,6 +107,13 @@ def request(
         "tokenizer": chosen,
     }
     return wanted, tokenizer
+
+
+def _apart(sources: Sequence[FileSource | HubSource], valid: Sequence[FileSource | HubSource]) -> None:
+    trained = {source.place for source in sources}
+    for source in valid:
+        if source.place in trained:
+            raise InputError(f"{source.place} is among the text to train on, so it cannot be validated on; take it out")
 
 
 def prepare(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import InputError
 from .data import TOKENIZER_FILE
-from .state import PARTIAL, Checkpoints, replace_file
+from .state import PARTIAL, Checkpoints, lock, replace_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 RECIPE_FILE, LOCK_FILE = "recipe.json", "lock"
 CHECKPOINTS = "checkpoints"
@@ -132,11 +133,17 @@ class RunFolder:
             OSError: the disk is full or the folder cannot be written; a former checkpoint still reads.
         """
         folder = self.path / name
-        folder.mkdir(exist_ok=True)
-        if tokenizer is not None and not (folder / TOKENIZER_FILE).exists():  # first: config.json makes it a checkpoint
-            replace_file(folder / TOKENIZER_FILE, tokenizer.to_str())
+        if tokenizer is not None:  # first: config.json makes it a checkpoint
+            self.save_tokenizer(tokenizer, name)
         model.save_pretrained(folder)
         return folder
+
+    def save_tokenizer(self, tokenizer: Any, name: str = "model") -> None:
+        """Write it where the model will lie, unless it is there already; a run that goes on takes it from there."""
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        if not (folder / TOKENIZER_FILE).exists():
+            replace_file(folder / TOKENIZER_FILE, tokenizer.to_str())
 
     def write_recipe(self, recipe: Mapping[str, Any]) -> None:
         replace_file(self.path / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
@@ -169,15 +176,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _lock(path: Path) -> Any:
     """An open file that holds the folder's lock until it is closed or the process ends, however it ends."""
     file = open(path / LOCK_FILE, "a+")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return file  # a file system without locks
+    if not lock(file):
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
-        raise InputError(f"another training is writing to {path} (process {holder}); wait for it or end it") from None
+        raise InputError(f"another training is writing to {path} (process {holder}); wait for it or end it")
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
@@ -185,16 +188,20 @@ def _lock(path: Path) -> Any:
 
 
 class Stop:
-    """SIGTERM and the first Ctrl-C ask training to end after the step in progress; a further Ctrl-C ends it at once.
+    """SIGTERM, SIGHUP and the first Ctrl-C ask training to end after the step in progress; a further Ctrl-C ends it at
+    once.
 
     A context manager; outside the main thread, and for a signal that the process ignores, it changes nothing.
+
+    Args:
+        console: what the run prints on; a hang-up silences it.
 
     Attributes:
         signal: the number of the signal that asked, or None.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
-        self.say, self.signal = say, None
+    def __init__(self, console: Console) -> None:
+        self.console, self.signal = console, None
         self._former: dict[int, Any] = {}
 
     signal: int | None
@@ -204,7 +211,7 @@ class Stop:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._former[number] = signal.signal(number, self._note)
         return self
@@ -217,7 +224,9 @@ class Stop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            self.console.quiet = True  # writing to a terminal that is gone would end the run before it has saved
         if self.signal is None:
             self.signal = number
             with suppress(RuntimeError):  # it came while a line was being written
-                self.say("Stopping after this step; Ctrl-C stops at once.")
+                self.console.print("Stopping after this step; Ctrl-C stops at once.")

@@ -50,8 +50,10 @@ def is_run(folder: str | Path) -> bool:
 def load(folder: str | Path) -> tuple[LoopMDM, Tokenizer]:
     """Model and tokenizer from a run's folder or from the `model/` in it.
 
+    Ids that the tokenizer does not have (a vocabulary is often padded) are suppressed.
+
     Raises:
-        InputError: no checkpoint there, a damaged or foreign one, or a tokenizer that does not fit the model.
+        InputError: no checkpoint there, a damaged or foreign one, or a tokenizer with more ids than the model.
     """
     path = model_folder(folder)
     model = LoopMDM.from_pretrained(path)
@@ -59,18 +61,20 @@ def load(folder: str | Path) -> tuple[LoopMDM, Tokenizer]:
         raise InputError(f"{path} has no {TOKENIZER_FILE}; text needs the tokenizer that the model learnt with")
     tokenizer = load_tokenizer(path)
     size = tokenizer.get_vocab_size()
-    if model.mask_id not in (size, size + 1) or model.vocab_size != model.mask_id + 1:
+    if size > model.vocab_size:
         raise InputError(
-            f"the tokenizer has {size} ids, the model {model.vocab_size} of which {model.mask_id} is the mask; "
-            f"they do not belong together (the mask would be {size}, or {size + 1} after an end of document)"
+            f"the tokenizer has {size} ids and the model {model.vocab_size}; they do not belong together, since a "
+            "model needs an id for each of its tokenizer's"
         )
+    known = (model.mask_id, eos_id(model, tokenizer))
+    model.suppressed_ids = (model.mask_id, *(i for i in range(size, model.vocab_size) if i not in known))
     return model, tokenizer
 
 
 def eos_id(model: LoopMDM, tokenizer: Tokenizer) -> int | None:
-    """The id that ends a document, between the tokenizer's ids and the mask; None in a model of plain running text."""
+    """The id that ends a document, where the ids are the tokenizer's, it and the mask, as in training; else None."""
     size = tokenizer.get_vocab_size()
-    return size if model.mask_id == size + 1 else None
+    return size if size + 2 == model.vocab_size == model.mask_id + 1 else None
 
 
 def depth_table(folder: str | Path) -> DepthTable:
@@ -118,7 +122,7 @@ def sample(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     end = eos_id(model, tokenizer)
     if stop and end is None:
-        raise InputError(f"{folder} has no end of a document to stop at; its training text was one run of tokens")
+        raise InputError(f"{folder} has no end of a document to stop at; only what `loopmdm train` made has one")
     ids = encode(tokenizer, prompt)
     if max_new_tokens is None:
         max_new_tokens = max(1, min(NEW_TOKENS, model.config.max_position_embeddings - len(ids)))
@@ -126,7 +130,7 @@ def sample(
         depth: Loops = depth_table(folder)
     else:
         depth = model.max_loops if num_loops is None else num_loops
-    with watching(watch, tokenizer, model.mask_id, pace) as view:
+    with watching(watch, tokenizer, model.mask_id, end, pace) as view:
         made = generate(
             model,
             [ids] * num_samples,
@@ -138,4 +142,4 @@ def sample(
             **{name: value for name, value in options.items() if value is not None},
         )
     made.seconds -= view.seconds
-    return [decode(tokenizer, row, end) for row in made.sequences()], made
+    return [decode(tokenizer, row, end, model.mask_id) for row in made.sequences()], made

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..config import check_loops
 from ..diffusion.bounds import rolling
 from ..errors import InputError
 from .data import encode
@@ -23,6 +22,8 @@ from .sample import is_run, load
 
 Scorer = Callable[[str], tuple[float, int]]
 """text -> (negative log-likelihood in nats, tokens that it is the sum over). Any callable will do."""
+CORRUPTIONS = 16
+"""Of each window that a `LoopMDMScorer` reads, spread over the mask counts."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class CausalScorer:
         InputError: transformers cannot load it.
     """
 
-    def __init__(self, name: str, *, window: int | None = None, device: str | torch.device | None = None) -> None:
+    def __init__(self, name: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
@@ -108,13 +109,10 @@ class CausalScorer:
             self.model = AutoModelForCausalLM.from_pretrained(name)
         except Exception as error:  # OSError offline, ValueError for no causal LM, whatever a damaged file raises
             raise InputError(f"no causal language model could be loaded from {name!r} ({_first_line(error)})") from None
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device).eval()
         self.name = f"{name}, a causal language model"
-        limit = getattr(self.model.config, "max_position_embeddings", None) or 1024
-        self.window = min(limit, window or limit)
-        if self.window < 2:
-            raise InputError(f"window is {window}; a scorer reads at least 2 tokens at once")
+        self.window = getattr(self.model.config, "max_position_embeddings", None) or 1024
 
     def __call__(self, text: str) -> tuple[float, int]:
         return self.score(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -138,30 +136,26 @@ def _first_line(error: Exception) -> str:
 
 
 class LoopMDMScorer:
-    """Another LoopMDM checkpoint. What it gives is the likelihood *bound*: at least the true nats, never fewer.
+    """Another LoopMDM checkpoint at its S_max. What it gives is the likelihood *bound*: at least the true nats.
 
     Text longer than the model is read in windows side by side; every token is scored.
 
     Args:
         folder: a run's folder, or the model/ in it.
-        num_loops: its S; None is its S_max.
-        samples: corruptions a window, spread over the mask counts.
+        seed: of the corruptions.
     """
 
-    def __init__(self, folder: str | Path, *, num_loops: int | None = None, samples: int = 16, seed: int = 0) -> None:
+    def __init__(self, folder: str | Path, *, seed: int = 0) -> None:
         self.model, self.tokenizer = load(folder)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.num_loops = check_loops(self.model.max_loops if num_loops is None else num_loops)
-        self.samples, self.seed = samples, seed
-        self.name = f"{folder}, a LoopMDM at S = {self.num_loops}; its likelihood bound, so an upper bound"
+        self.seed = seed
+        self.name = f"{folder}, a LoopMDM at S = {self.model.max_loops}; its likelihood bound, so an upper bound"
 
     def __call__(self, text: str) -> tuple[float, int]:
         ids = torch.tensor(encode(self.tokenizer, text), dtype=torch.int64)
         if not len(ids):
             return 0.0, 0
-        measured = rolling(
-            self.model, ids, num_loops=self.num_loops, bound="count", samples=self.samples, seed=self.seed
-        )
+        measured = rolling(self.model, ids, bound="count", samples=CORRUPTIONS, seed=self.seed)
         return float(measured.nats.sum()), len(ids)
 
 

@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,11 @@ class FileSource:
     path: Path
     key: str = KEY
 
+    @property
+    def place(self) -> str:
+        """The same for every name of the file."""
+        return str(self.path.resolve())
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether the file is the one that was read before."""
         facts = _stat(self.path)
@@ -62,6 +68,10 @@ class HubSource:
     """A split of a Hugging Face data set: `hf:owner/name[:config][:split][#key]`; the split is "train" if not said."""
 
     spec: str
+
+    @property
+    def place(self) -> str:
+        return self.spec
 
     def fingerprint(self) -> dict[str, Any]:
         return {"hub": self.spec}
@@ -237,7 +247,7 @@ def _guarded(path: Path, parts: Iterable[bytes]) -> Iterator[bytes]:
     """Reading errors (a damaged archive, a failing disk) as one sentence."""
     try:
         yield from parts
-    except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is damaged, or no {path.suffix} file ({error})") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None

@@ -9,6 +9,7 @@ renamed away again before it is removed. So a kill at any moment leaves whole ch
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -143,6 +144,22 @@ def replace_file(path: Path, data: str) -> None:
     _write(partial, data)
     os.replace(partial, path)
     sync_folder(path.parent)
+
+
+def lock(file: IO[Any], *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or the process ends, however it ends; False if another process has it.
+
+    A system or a file system without locks gives it to everyone.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 def _write(path: Path, data: str) -> None:

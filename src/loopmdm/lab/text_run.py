@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ..config import ModelConfig, check_loops, preset
 from ..errors import InputError, nearest
 from ..model.lm import LoopMDM
 from .corpus import PACKINGS, Corpus
-from .data import TOKENIZERS
+from .data import TOKENIZER_FILE, TOKENIZERS, load_tokenizer
 from .feed import AnswerFeed, CorpusFeed, Feed
 from .monitor import Board, Monitor, bar
 from .prepare import META
@@ -91,10 +92,6 @@ class Settings:
             raise InputError("no text file was given")
         if self.packing not in PACKINGS:
             raise InputError(f"packing is {self.packing!r}{nearest(self.packing, PACKINGS)}")
-        if self.tokenizer not in TOKENIZERS and not Path(self.tokenizer).exists():
-            raise InputError(
-                f"unknown tokenizer {self.tokenizer!r}, which is no file either{nearest(self.tokenizer, TOKENIZERS)}"
-            )
         if self.sft and (self.valid or self.cache or self.packing != "stream"):
             raise InputError("sft holds its answers in memory, one a sequence; leave out valid, cache and packing")
         if self.init is not None and self.set:
@@ -117,8 +114,8 @@ class Trained:
 def train(out: str | Path, recipe: Recipe, settings: Settings, *, console: Console | None = None) -> Trained:
     """Train on text and leave metrics.jsonl, timing.jsonl, recipe.json, model/ and checkpoints/ in a new folder.
 
-    Under a launcher only the main process evaluates, prints and writes. SIGTERM and Ctrl-C let the step in progress
-    end and save everything; `resume` goes on from there.
+    Under a launcher only the main process evaluates, prints and writes. Ctrl-C, SIGTERM and SIGHUP let the step in
+    progress end and save everything; `resume` goes on from there.
 
     Raises:
         InputError: whatever is wrong with the arguments, the files or the folder (which is then not made); a loss
@@ -126,7 +123,7 @@ def train(out: str | Path, recipe: Recipe, settings: Settings, *, console: Conso
             checkpoint.
     """
     RunFolder.check(out)
-    start = load(settings.init)[0].config if settings.init is not None else preset(settings.preset, **settings.set)
+    start = _start(settings)
     _check(recipe, settings, start)
     engine = accelerator_for(recipe, start)
     micro_batch(recipe, engine.num_processes)
@@ -135,12 +132,13 @@ def train(out: str | Path, recipe: Recipe, settings: Settings, *, console: Conso
     folder = RunFolder(out, held) if engine.is_main_process else None
     try:
         run = _Run(Path(out), folder, recipe, settings, engine, console)
-    except InputError:
+        if folder is not None:
+            folder.save_tokenizer(run.feed.tokenizer)
+            folder.write_recipe(held | run.facts())
+    except BaseException:  # Ctrl-C while a corpus is built, too: the run has not begun
         if folder is not None:
             folder.discard()
         raise
-    if folder is not None:
-        folder.write_recipe(held | run.facts())
     with run:
         return run.go(None, [])
 
@@ -150,7 +148,8 @@ def resume(
 ) -> Trained:
     """Go on with a run from its newest checkpoint that reads, exactly as it would have gone on by itself.
 
-    Exactly: on the same number of processes and threads. What the logs say of later steps is cut off first.
+    Exactly: on the same number of processes and threads. What the logs say of later steps is cut off first. Tokenizer
+    and configuration are the run's own: with a checkpoint, a tokenizer's file or an `init` may be gone.
 
     Args:
         path: the run's folder.
@@ -175,12 +174,12 @@ def resume(
     if keep is not None:
         settings = dataclasses.replace(settings, keep=keep)
     config = ModelConfig.from_dict(held["config"]) if "config" in held else None
-    start = config or preset(settings.preset, **settings.set)
-    engine = accelerator_for(recipe, start)
+    engine = accelerator_for(recipe, config or _start(settings))
     folder = RunFolder.reopen(path) if engine.is_main_process else None
     state, notes = _newest(path, folder, settings.keep, engine)
-    with _Run(path, folder, recipe, settings, engine, console) as run:
-        if held.get("data_sha256", run.feed.sha256) != run.feed.sha256:
+    sha256 = held.get("data_sha256")
+    with _Run(path, folder, recipe, settings, engine, console, config if state is not None else None, sha256) as run:
+        if sha256 not in (None, run.feed.sha256):
             raise InputError(f"{path} cannot go on: its data are not what they were when it began")
         if folder is not None:
             folder.write_recipe(held | _recorded(recipe, settings) | run.facts())
@@ -188,7 +187,12 @@ def resume(
 
 
 class _Run:
-    """A text run about to go: data, model, trainer and monitor. A context manager that frees the folder."""
+    """A text run about to go: data, model, trainer and monitor. A context manager that frees the folder.
+
+    Args:
+        config: of a run whose weights come from a checkpoint.
+        sha256: of the data that it began with.
+    """
 
     def __init__(
         self,
@@ -198,16 +202,18 @@ class _Run:
         settings: Settings,
         engine: Accelerator,
         console: Console | None,
+        config: ModelConfig | None = None,
+        sha256: str | None = None,
     ) -> None:
         self.path, self.folder, self.recipe, self.settings, self.engine = path, folder, recipe, settings, engine
         self.console = console or Console(highlight=False, markup=False, soft_wrap=True)
         self.console.quiet = not engine.is_main_process
-        made, tokenizer = load(settings.init) if settings.init is not None else (None, None)
-        self.feed = _open_feed(path, recipe, settings, engine, tokenizer, self.console.print)
+        made = _initial(settings.init) if settings.init is not None and config is None else None
+        tokenizer = _tokenizer(path, settings) if made is None else made[1]
+        self.feed = _open_feed(path, recipe, settings, engine, tokenizer, sha256, self.console.print)
         torch.manual_seed(recipe.seed)
-        self.model = LoopMDM(_configuration(settings, self.feed)) if made is None else made
+        self.model = LoopMDM(config or _configuration(settings, self.feed)) if made is None else made[0]
         self.config = self.model.config
-        _fits(self.feed, self.config)
         self.loops = _eval_loops(settings.eval_loops, recipe, self.config)
         self.eval_every = settings.eval_every or max(1, recipe.steps // 10)
         self.save_every = settings.save_every or self.eval_every
@@ -243,7 +249,8 @@ class _Run:
             say(f"Going on from step {self.trainer.step}.")
         for note in notes:
             say(f"Note: {note}.")
-        with Stop(say) as stop, bar(self.console, self.trainer.step, recipe.steps, self.feed.unit) as monitor.advance:
+        shown = bar(self.console, self.trainer.step, recipe.steps, self.feed.unit)
+        with Stop(self.console) as stop, shown as monitor.advance:
             try:
                 self.trainer.run(self.feed.batch, monitor, stop)
                 if folder is not None and monitor.saved != self.trainer.step:  # it had been finished before
@@ -331,15 +338,60 @@ def _newest(
     return state, notes
 
 
+def _start(settings: Settings) -> ModelConfig:
+    """The configuration of a new run, but for the ids that come from its data."""
+    return preset(settings.preset, **settings.set) if settings.init is None else _initial(settings.init)[0].config
+
+
+def _initial(folder: str) -> tuple[LoopMDM, Tokenizer]:
+    """Model and tokenizer to start from.
+
+    Raises:
+        InputError: as `load`, or ids that are not those of a corpus, as in many converted checkpoints.
+    """
+    model, tokenizer = load(folder)
+    size = tokenizer.get_vocab_size()
+    if (model.vocab_size, model.mask_id) != (size + 2, size + 1):
+        raise InputError(
+            f"{folder} cannot be trained on text: a corpus takes its tokenizer's {size} ids, then {size} as the end of "
+            f"a document and {size + 1} as the mask; the model has {model.vocab_size} ids, {model.mask_id} as its mask"
+        )
+    return model, tokenizer
+
+
+def _tokenizer(path: Path, settings: Settings) -> Tokenizer | str:
+    """The run's own if it came from elsewhere and has been kept, else what was asked for."""
+    if settings.init is None and settings.tokenizer in TOKENIZERS:
+        return settings.tokenizer
+    for kept in (path / "model" / TOKENIZER_FILE, path / "data" / TOKENIZER_FILE):
+        if kept.is_file():
+            return load_tokenizer(kept)
+    return settings.tokenizer if settings.init is None else _initial(settings.init)[1]
+
+
+def _built(settings: Settings, place: Path, sha256: str | None) -> bool:
+    """Whether the run's corpus is there: in its own folder whichever lies there, in a shared one that of this sum."""
+    if settings.cache is None:
+        return (place / META).exists()
+    with suppress(InputError):
+        return Corpus.open(place).sha256 == sha256
+    return False
+
+
 def _open_feed(
-    path: Path, recipe: Recipe, settings: Settings, engine: Accelerator, tokenizer: Tokenizer | None, say: Say
+    path: Path,
+    recipe: Recipe,
+    settings: Settings,
+    engine: Accelerator,
+    tokenizer: Tokenizer | str,
+    sha256: str | None,
+    say: Say,
 ) -> Feed:
-    """The run's data, in the ids of `tokenizer` if it is given; the main process builds a corpus if there is none."""
-    chosen = settings.tokenizer if tokenizer is None else tokenizer
+    """The run's data; the main process builds a corpus if there is none."""
     if settings.sft:
         pairs = SFTData.from_jsonl(
             settings.data,
-            chosen,
+            tokenizer,
             settings.length,
             settings.prompt_key,
             settings.answer_key,
@@ -348,11 +400,11 @@ def _open_feed(
         )
         return AnswerFeed(pairs, recipe.seed, recipe.batch_size, settings.eval_windows)
     place = Path(settings.cache) if settings.cache is not None else path / "data"
-    if engine.is_main_process and not (settings.cache is None and (place / META).exists()):
+    if engine.is_main_process and not _built(settings, place, sha256):
         Corpus.build(
             settings.data,
             place,
-            chosen,
+            tokenizer,
             vocab_size=settings.vocab_size,
             valid_sources=settings.valid,
             progress=lambda line: say(f"Data: {line}"),
@@ -373,6 +425,9 @@ def _configuration(settings: Settings, feed: Feed) -> ModelConfig:
 
 def _check(recipe: Recipe, settings: Settings, config: ModelConfig) -> None:
     """What can be said before a large corpus is tokenised."""
+    tokenizer = settings.tokenizer
+    if tokenizer not in TOKENIZERS and not Path(tokenizer).exists():
+        raise InputError(f"unknown tokenizer {tokenizer!r}, which is no file either{nearest(tokenizer, TOKENIZERS)}")
     length, longest = settings.length, config.max_position_embeddings
     if length > longest:
         raise InputError(
@@ -384,14 +439,6 @@ def _check(recipe: Recipe, settings: Settings, config: ModelConfig) -> None:
             f"backprop_loops needs a model with one looped block; this one has {len(config.loop.runs)}; leave it out"
         )
     _eval_loops(settings.eval_loops, recipe, config)
-
-
-def _fits(feed: Feed, config: ModelConfig) -> None:
-    if (config.vocab_size, config.mask_token_id) != (feed.vocab_size, feed.mask_id):
-        raise InputError(
-            f"the data take {feed.vocab_size} ids, the last of them the mask; the model has {config.vocab_size} and "
-            f"mask {config.mask_token_id}"
-        )
 
 
 def _hint(config: ModelConfig) -> str:

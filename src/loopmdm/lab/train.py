@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import ModelConfig, check_loops
-from ..diffusion import NELBO, nelbo, sample_loops
+from ..diffusion import NELBO, NELBOLoss, sample_loops
 from ..errors import InputError
 from ..model.flops import inverse_flops_loops, training_flops
 from ..model.lm import LoopMDM
@@ -36,6 +37,11 @@ __all__ = ["Batch", "Progress", "Recipe", "RunFolder", "Sequences", "Trainer", "
 
 Batch = Callable[[int, Tensor], Tensor | Sequences]
 """(step, global sample indices [b]) -> clean tokens int64 [b, T], or `Sequences`."""
+
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one another: the main one tokenises and evaluates alone."""
+WHOLE = "training runs on one process or as DDP (torchrun), since its optimizers and weight average need whole tensors"
 
 
 @dataclass
@@ -68,33 +74,39 @@ class Progress:
     last: bool
 
 
-class _Loss(nn.Module):
-    """nelbo as a forward pass, so that DDP's hooks see it."""
-
-    def __init__(self, model: LoopMDM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, options: Mapping[str, Any]) -> NELBO:
-        return nelbo(self.model, tokens, **options)
-
-
 def accelerator_for(recipe: Recipe, config: ModelConfig) -> Accelerator:
     """The engine that `fit` makes unless it is given one: CUDA if there is any, else CPU; DDP under a launcher.
 
     Raises:
-        InputError: a precision that this device cannot do.
+        InputError: a precision that this device cannot do; a launcher that asks for more than DDP.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
     # At S = 1 an anchored boundary is not visited, so its gain has no gradient in that step; nor has, behind a
     # truncated backward pass, what comes before the looped block.
     unused = config.loop.boundary != "plain" or recipe.backprop_loops is not None
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused), InitProcessGroupKwargs(timeout=PATIENCE)]
     try:
-        return Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+        engine = Accelerator(
+            mixed_precision=recipe.precision,
+            cpu=not torch.cuda.is_available(),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment's
+            kwargs_handlers=handlers,
+        )
     except ValueError as error:
         raise InputError(f"precision {recipe.precision!r} cannot be used here: {error}") from None
+    except ImportError as error:  # of what the launcher asked for
+        raise InputError(f"{WHOLE}: {error}") from None
+    return _whole(engine)
+
+
+def _whole(engine: Accelerator) -> Accelerator:
+    """The engine, if every process of it holds all parameters."""
+    kind = engine.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise InputError(f"{WHOLE}; this is {kind}")
+    return engine
 
 
 def micro_batch(recipe: Recipe, processes: int) -> int:
@@ -125,7 +137,8 @@ class Trainer:
         guard: which updates are skipped.
 
     Raises:
-        InputError: a batch size that processes and micro-batches do not divide, a precision that cannot be had.
+        InputError: a batch size that processes and micro-batches do not divide, a precision that cannot be had, an
+            accelerator that shards the parameters.
     """
 
     def __init__(
@@ -138,7 +151,7 @@ class Trainer:
         length: int | None = None,
     ) -> None:
         self.model, self.recipe = model, recipe
-        self.accelerator = accelerator or accelerator_for(recipe, model.config)
+        self.accelerator = _whole(accelerator) if accelerator else accelerator_for(recipe, model.config)
         self.micro = micro_batch(recipe, self.accelerator.num_processes)
         self.length = length or model.config.max_position_embeddings
         self.loops = loops or self._recipe_loops()
@@ -147,7 +160,7 @@ class Trainer:
             model, recipe.optimizer, recipe.lr, recipe.matrix_lr, recipe.weight_decay, recipe.beta2
         )
         self.peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
-        prepared = self.accelerator.prepare(_Loss(model), *optimizers)
+        prepared = self.accelerator.prepare(NELBOLoss(model), *optimizers)
         self.loss, self.optimizers = prepared[0], list(prepared[1:])
         self.averaged = averaged(model, recipe.ema) if recipe.ema else None
         self.guard = SpikeGuard(recipe.spike_guard)
@@ -294,7 +307,7 @@ class Trainer:
             }
             last = part == recipe.accumulate - 1
             with nullcontext() if last else accelerator.no_sync(self.loss):
-                result = self.loss(tokens, options)
+                result = self.loss(tokens, **options)
                 here, share = _counts(recipe, result, tokens, masks)
                 accelerator.backward(result.loss * (share / unit / recipe.accumulate))
             bound += float(result.nelbo) * here

@@ -6,7 +6,8 @@ disturbance meets all alike; what counts is the ratio to torch within a round. A
 times as fast as torch by the 95% interval of the median, in every problem of the op, and with its gradients where it
 has any. Where the interval of the fastest arm leaves that open it gets one longer look. Elsewhere torch gets the row.
 
-On CUDA the calls are timed as a graph, so that the launches cost what they cost inside one.
+On CUDA the calls are timed as a graph, so that the launches cost what they cost inside one; where torch's own cannot be
+captured, launch by launch, which the arm's `variant` then says.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..ops.contract import Choice, Example, Op, relative
 
 MARGIN = 1.05
 CONFIDENCE = 0.95
+NO_GRAPH = ", launch by launch"
 L2 = 128 << 20
 """Bytes, above any GPU's today: the inputs of one arm's calls together exceed it."""
 
@@ -205,7 +207,7 @@ class _Variant:
         arms = [arm for arm in arms if not (self.training and arm.impl in self.op.forward_only)]
         if not arms:
             return
-        problems = self._problems()
+        problems, on_cpu = self._problems(), self.device.type == "cpu"
         clock = _Clock(self.device, lambda impl: self._call(problems, impl), seconds)
         base = Arm("torch")
         ready = {id(base): clock.prepare(base.impl)}
@@ -228,15 +230,18 @@ class _Variant:
             if low < arm.low:
                 arm.low, arm.high, arm.ratio = low, high, statistics.median(ratios)
                 arm.microseconds, arm.torch = (1e6 * statistics.median(taken[id(a)]) for a in (arm, base))
-                arm.rounds, arm.variant = rounds, self.name
+                arm.rounds, arm.variant = rounds, self.name + ("" if clock.graphs or on_cpu else NO_GRAPH)
 
     def _problems(self) -> list[dict[str, Any]]:
-        made = [self.example(self.device, self.dtype, torch.Generator().manual_seed(0))]
-        size = sum(t.nbytes for t in made[0].values() if isinstance(t, Tensor))
+        """The problem several times, in memory of its own each."""
+
+        def once() -> dict[str, Any]:
+            return self.example(self.device, self.dtype, torch.Generator().manual_seed(0))
+
+        first = once()
+        size = sum(t.nbytes for t in first.values() if isinstance(t, Tensor))
         copies = min(16, max(2, L2 // max(1, size))) if self.device.type == "cuda" else 4
-        for seed in range(1, copies):
-            made.append(self.example(self.device, self.dtype, torch.Generator().manual_seed(seed)))
-        return made
+        return [first, *(once() for _ in range(copies - 1))]
 
     def _call(self, problems: list[dict[str, Any]], impl: str) -> Callable[[], None]:
         """A call on the next of the problems."""
@@ -263,11 +268,26 @@ class _Variant:
 
 def _variants(op: Op, device: torch.device, dtype: torch.dtype, size: Mapping[str, int]) -> Iterable[_Variant]:
     for make in op.problems:
-        example = partial(make, **size)
+        example = _drawn_once(partial(make, **size))
         want = op.run(example, "torch", device, dtype)
         for training in (False, True)[: 1 + bool(op.grads)]:
             name = getattr(make, "__name__", "problem").strip("_") + (", training" if training else "")
             yield _Variant(op, device, dtype, name, example, training, want)
+
+
+def _drawn_once(make: Example) -> Example:
+    """For one seed: the same numbers in new tensors. To draw them on the host takes longer than what is timed."""
+    made: dict[str, Any] = {}
+    state: list[Tensor] = []
+
+    def example(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> dict[str, Any]:
+        if not state:
+            made.update(make(device, dtype, rng))
+            state.append(rng.get_state())
+        rng.set_state(state[0])
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in made.items()}
+
+    return example
 
 
 class _Clock:
@@ -305,7 +325,8 @@ class _Clock:
                 once()
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # a capture that fails leaves its stream as the current one: the outer context takes that back
+        with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph):
             for _ in range(calls):
                 once()
         self._time(graph.replay, 2)

@@ -30,8 +30,17 @@ class View:
         seconds: spent on showing, so that it can be taken out of the generation's time.
     """
 
-    def __init__(self, console: Console, tokenizer: Tokenizer, mask_id: int, live: Live | None, pace: float) -> None:
-        self.console, self.tokenizer, self.mask_id, self.live, self.pace = console, tokenizer, mask_id, live, pace
+    def __init__(
+        self,
+        console: Console,
+        tokenizer: Tokenizer,
+        mask_id: int,
+        eos_id: int | None,
+        live: Live | None,
+        pace: float,
+    ) -> None:
+        self.console, self.tokenizer, self.live, self.pace = console, tokenizer, live, pace
+        self.mask_id, self.eos_id = mask_id, eos_id
         self.seconds, self.last = 0.0, 0.0
         self.loops: int | Tensor = 0
         self.steps: int | None = None
@@ -66,7 +75,7 @@ class View:
         room = max(3, (self.console.height - 2) // shown)
         panels: list[RenderableType] = []
         for i in range(shown):
-            text = styled(self.tokenizer, rows[i], fresh[i], self.mask_id)
+            text = styled(self.tokenizer, rows[i], fresh[i], self.mask_id, self.eos_id)
             lines = len(text.wrap(self.console, max(1, self.console.width - 4)))
             panels.append(Panel(text, title=f"sample {i + 1}", title_align="left", height=min(room, lines + 2)))
         words = [f"step {step + 1}" + (f" of {self.steps}" if self.steps else ""), self._depth()]
@@ -82,25 +91,27 @@ class View:
         return f"S {'≤' if self.exits else '='} {self.loops}"
 
 
-def styled(tokenizer: Tokenizer, row: list[int], fresh: list[bool], mask_id: int) -> Text:
+def styled(tokenizer: Tokenizer, row: list[int], fresh: list[bool], mask_id: int, eos_id: int | None) -> Text:
     """Ids and which of them are new -> text: masks dim, new tokens highlighted. It cannot hold markup or controls."""
 
     def style(i: int) -> str:
         return MASKED if row[i] == mask_id else FRESH if fresh[i] else KNOWN
 
     runs = ((key, [row[i] for i in group]) for key, group in groupby(range(len(row)), style))
-    return Text.assemble(*((printable(decode(tokenizer, run, mask_id - 1)), key) for key, run in runs))
+    return Text.assemble(*((printable(decode(tokenizer, run, eos_id, mask_id)), key) for key, run in runs))
 
 
 @contextmanager
-def watching(console: Console | None, tokenizer: Tokenizer, mask_id: int, pace: float = 0.0) -> Iterator[View]:
+def watching(
+    console: Console | None, tokenizer: Tokenizer, mask_id: int, eos_id: int | None, pace: float
+) -> Iterator[View]:
     """A live view on a terminal; anywhere else, or without a console, a View that shows nothing."""
     console = console or Console(quiet=True)
     if not console.is_terminal or console.quiet:
-        yield View(console, tokenizer, mask_id, None, pace)
+        yield View(console, tokenizer, mask_id, eos_id, None, pace)
         return
     with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
-        yield View(console, tokenizer, mask_id, live, pace)
+        yield View(console, tokenizer, mask_id, eos_id, live, pace)
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import InputError
@@ -69,9 +69,7 @@ class Checkpoint(
         metadata = {"format": "pt"}
         if former.is_file() and former.read_bytes() != text.encode():
             metadata |= {"config": text, "replaces": hashlib.sha256(former.read_bytes()).hexdigest()}
-        state = {k: v.contiguous() for k, v in self.state_dict().items()}
-        if self.config.tie_word_embeddings:
-            del state["lm_head.weight"]
+        state = {name: tensor.detach().contiguous() for name, tensor in _named_once(self).items()}
         try:
             save_file(state, folder / WEIGHTS_FILE, metadata)
         except SafetensorError as error:  # the library's name for a full disk, too
@@ -79,7 +77,7 @@ class Checkpoint(
         (folder / CONFIG_FILE).write_text(text)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -89,6 +87,7 @@ class Checkpoint(
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        **options: Any,
     ) -> Self:
         """A saved model from a folder or a Hub repository, in evaluation mode and fp32.
 
@@ -96,6 +95,7 @@ class Checkpoint(
             pretrained_model_name_or_path: a folder, or "owner/name" on the Hub.
             map_location: device of the result.
             revision, token, cache_dir, force_download, local_files_only: as in `huggingface_hub.hf_hub_download`.
+            options: what the class takes beside a configuration and config.json does not hold (a `LoopMDM`'s boundary).
 
         Raises:
             InputError: no checkpoint there, a damaged or foreign one, or weights that do not fit config.json.
@@ -125,9 +125,16 @@ class Checkpoint(
             return Path(found)
 
         config, weights = locate(CONFIG_FILE), locate(WEIGHTS_FILE)
-        model = cls(_unfinished(config, weights) or read_config(config))
+        model = cls(_unfinished(config, weights) or read_config(config), **options)
         load_weights(model, weights, map_location)
         return model.to(map_location).eval()
+
+
+def _named_once(model: nn.Module) -> dict[str, Tensor]:
+    """The state under the first name of each tensor: a tied head or a boundary that several blocks share has more."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -171,9 +178,7 @@ def load_weights(model: Checkpoint, path: Path, device: str = "cpu") -> None:
         state = load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or not a safetensors file ({error})") from None
-    want = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        del want["lm_head.weight"]
+    want = _named_once(model)
     missing, extra = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
     if missing or extra:
         raise InputError(
@@ -183,4 +188,4 @@ def load_weights(model: Checkpoint, path: Path, device: str = "cpu") -> None:
     for key, value in want.items():
         if state[key].shape != value.shape:
             raise InputError(f"{path}: {key} is {list(state[key].shape)}, the configuration says {list(value.shape)}")
-    model.load_state_dict(state, strict=not model.config.tie_word_embeddings)
+    model.load_state_dict(state, strict=False)  # without the further names of shared tensors

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import InputError
+
 
 @runtime_checkable
 class Denoiser(Protocol):
@@ -26,7 +28,8 @@ class Denoiser(Protocol):
         vocab_size: number of ids, the mask included.
         max_length: longest sequence, in tokens; None is unbounded.
         suppressed_ids: ids never predicted (the mask among them).
-        logit_shift: 0 if the token at i is read at i; 1 if it is read at i - 1 (Dream).
+        logit_shift: 0 if the token at i is read at i; 1 if it is read at i - 1 (Dream), and the first of a sequence
+            or document at itself.
         max_loops: the S that training saw at most, used when none is given; 1 for an unlooped model.
         takes_depth: optional. True where `hidden` also takes an S a sequence or a `model.depth.Depth`.
         takes_rows: optional. True where `hidden` also takes `rows`, bool [B, T]: where its output will be read;
@@ -65,12 +68,37 @@ class Denoiser(Protocol):
         ...
 
 
-def rows_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor) -> Tensor:
-    """What the head reads for the chosen positions.
+def check_mask(attention_mask: Tensor) -> None:
+    """InputError for a floating mask: an additive one, 0 and -inf, would be read the wrong way round."""
+    if attention_mask.is_floating_point():
+        raise InputError(
+            f"attention_mask is {attention_mask.dtype}; it must be bool or 0/1 integers, 1 on real tokens (of an "
+            "additive mask: mask == 0)"
+        )
+
+
+def document_numbers(attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+    """int64 [B, T], equal numbers for the tokens of a document, -1 at padding; None: one document a row, no padding."""
+    if document_ids is None:
+        return None if attention_mask is None else attention_mask.bool().long() - 1
+    numbers = 2 * document_ids.long()  # doubled, so that no document has padding's number
+    return numbers if attention_mask is None else torch.where(attention_mask.bool(), numbers, -1)
+
+
+def starts(numbers: Tensor) -> Tensor:
+    """int64 [B, T], the column at which the document of each position starts, from `document_numbers`."""
+    first = torch.ones_like(numbers, dtype=torch.bool)
+    first[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    return torch.where(first, torch.arange(numbers.shape[1], device=numbers.device), 0).cummax(-1).values
+
+
+def rows_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """What the head reads for the chosen positions; with a shift the first token of a document is read at itself.
 
     Args:
         hidden: [B, T, D] from `denoiser.hidden`.
         rows: bool [B, T], N of them True.
+        numbers: `document_numbers` of the batch.
 
     Returns:
         [N, D], in row-major order of `rows`.
@@ -78,11 +106,13 @@ def rows_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor) -> Tensor:
     if not denoiser.logit_shift:
         return hidden[rows]
     batch, position = rows.nonzero(as_tuple=True)
-    return hidden[batch, (position - denoiser.logit_shift).clamp(min=0)]
+    least = torch.zeros_like(position) if numbers is None else starts(numbers)[rows]
+    return hidden[batch, torch.maximum(position - denoiser.logit_shift, least)]
 
 
 def read_at(denoiser: Denoiser, rows: Tensor) -> Tensor:
-    """bool [B, T], the positions whose hidden states `rows_at` reads for `rows`."""
+    """bool [B, T], the positions whose hidden states `rows_at` reads for `rows`, with one document a row and no
+    padding before it."""
     if not denoiser.logit_shift:
         return rows
     s = denoiser.logit_shift

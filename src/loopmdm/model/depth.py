@@ -117,7 +117,7 @@ def planned(num_loops: int | Tensor | Depth | None, max_loops: int, batch: int) 
         loops = loops.cpu().long()
         check_loops(int(loops.min()) if batch else 1)
     else:
-        check_loops(loops)
+        loops = check_loops(loops)
     if depth.early_exit is not None:
         if not callable(depth.early_exit):
             raise InputError(f"early_exit is {depth.early_exit!r}; it must be a rule, as RelativeChange(0.01)")

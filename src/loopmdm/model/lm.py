@@ -8,7 +8,6 @@ logits = head(coda(h))               layers [a+n, L)
 from __future__ import annotations
 
 import math
-from itertools import groupby
 from typing import Any, Self
 
 import torch
@@ -20,7 +19,7 @@ from ..errors import InputError
 from ..ops.rotary_attention import rope_table
 from .block import Block, Context, Norm, modulate, through
 from .checkpoint import Checkpoint
-from .denoiser import few, spread, suppress
+from .denoiser import check_mask, document_numbers, few, spread, starts, suppress
 from .depth import Depth, check_over, planned
 from .flops import forward_flops
 from .fused import Fused
@@ -55,10 +54,18 @@ class LoopMDM(Checkpoint):
 
     A `Denoiser`: `nelbo`, `generate` and the rest take it as it is. Parameters do not depend on S.
 
+    They call `hidden`, so `torch.compile(model)` is without effect on them; these are not:
+
+        model.hidden = torch.compile(model.hidden)
+        for layer in model.layers: layer.compile()
+
+    The first makes a graph of each S and runs eagerly past eight of them, unless torch._dynamo.config.recompile_limit
+    is raised; a deep copy of the model would still run the original. The second serves every S.
+
     Args:
         config: architecture.
         boundary: any callable in place of what `config.loop.boundary` names (`LoopedBlock`). It is no part of
-            config.json, which then says "plain": after loading put it back by `relooped(boundary=...)`.
+            config.json, which then says "plain": `from_pretrained(..., boundary=...)` puts it back, its weights loaded.
     """
 
     takes_depth = True
@@ -123,13 +130,14 @@ class LoopMDM(Checkpoint):
                 padding are 0.
             num_loops: S >= 1; integers [B], an S for each sequence; a `Depth` (early exit, truncated backprop,
                 checkpointing, deep supervision); None is `max_loops`.
-            sigma: noise level -log(alpha_t), [B] or a scalar; read only with `config.time_conditioning`.
+            sigma: noise level -log(alpha_t), [B] or a scalar, finite; read only with `config.time_conditioning`.
             document_ids: integer [B, T] for packed rows: tokens attend within their own id, positions restart.
                 A document is one run of equal ids.
 
         Raises:
-            InputError: wrong shapes, S < 1, more tokens than `max_position_embeddings`, ids outside the
-                vocabulary (checked on CPU; on CUDA that would cost a synchronisation); a `Depth` that asks for what
+            InputError: wrong shapes, S < 1, more tokens than `max_position_embeddings`, a floating attention_mask, ids
+                outside the vocabulary or a sigma that is not finite (checked on CPU; on CUDA that would cost a
+                synchronisation); a `Depth` that asks for what
                 cannot go together, with several looped blocks an exit or truncated backprop.
         """
         request = Depth(num_loops) if isinstance(num_loops, Tensor) else num_loops
@@ -193,14 +201,14 @@ class LoopMDM(Checkpoint):
         rows: int64 [B, R], where they will be read.
         """
         tokens = x.shape[1]
-        for looped, run in groupby(self.coda, lambda layer: isinstance(layer, LoopedBlock)):
-            layers = list(run)
-            if not looped:
-                x = through(layers, x, context, rows if layers[-1] is self.coda[-1] else None)
-                continue
-            for layer in layers:
-                x = layer(x, Depth(loops, checkpoint=depth.checkpoint), context)
-        x = self._final(x, context)
+        run: list[nn.Module] = []
+        for layer in self.coda:
+            if isinstance(layer, LoopedBlock):
+                x = layer(through(run, x, context), Depth(loops, checkpoint=depth.checkpoint), context)
+                run = []
+            else:
+                run.append(layer)
+        x = self._final(through(run, x, context, rows), context)
         if rows is not None and x.shape[1] < tokens:
             x = spread(x, rows, tokens)
         return x if attention_mask is None else x * attention_mask.to(x.dtype)[..., None]
@@ -339,10 +347,15 @@ class LoopMDM(Checkpoint):
         if self.config.modulation != "adaln":
             return None
         if not self.config.time_conditioning:
-            sigma = torch.zeros(1, device=device)
-        elif sigma is None:
+            return F.silu(self.sigma_embed(torch.zeros(1, device=device)))
+        if sigma is None:
             raise InputError("this model is conditioned on time; pass sigma, the noise level -log(alpha_t), [B]")
-        return F.silu(self.sigma_embed(torch.as_tensor(sigma, device=device).reshape(-1)))
+        sigma = torch.as_tensor(sigma, device=device).reshape(-1)
+        if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(sigma.isfinite().all()):
+            raise InputError(
+                "sigma is not finite; where it is infinite at t = 1, give the noise schedule an eps above 0"
+            )
+        return F.silu(self.sigma_embed(sigma))
 
     def _check(self, ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> None:
         if ids.dim() != 2 or ids.dtype.is_floating_point:
@@ -358,6 +371,8 @@ class LoopMDM(Checkpoint):
                 raise InputError(f"{name} is a {type(other).__name__}; it must be a tensor like input_ids")
             if other.shape != ids.shape:
                 raise InputError(f"{name} is {list(other.shape)}, input_ids is {list(ids.shape)}; they must agree")
+        if attention_mask is not None:
+            check_mask(attention_mask)
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.vocab_size:
@@ -399,16 +414,13 @@ def _layout(ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | N
     """Positions ([T], or [B, T] where sequences start elsewhere) and the attention mask ([B, 1, 1 or T, T] or None)."""
     T = ids.shape[1]
     steps = torch.arange(T, device=ids.device)
-    if attention_mask is None and document_ids is None:
+    numbers = document_numbers(attention_mask, document_ids)
+    if numbers is None:
         return steps, None
-    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if document_ids is None:
+        real = numbers == 0
         positions = (real.cumsum(-1) - 1).clamp(min=0)
         # A sequence of padding alone would leave its queries with no key at all: it may look at itself.
         visible = real | ~real.any(-1, keepdim=True)
         return positions, visible[:, None, None, :]
-    document = torch.where(real, 2 * document_ids.long(), -1)  # doubled, so that no document has padding's id
-    first = torch.ones_like(real)
-    first[:, 1:] = document[:, 1:] != document[:, :-1]
-    positions = steps - torch.where(first, steps, 0).cummax(-1).values
-    return positions, (document[:, None, :, None] == document[:, None, None, :])
+    return steps - starts(numbers), (numbers[:, None, :, None] == numbers[:, None, None, :])

@@ -76,16 +76,17 @@ class LoopedBlock(nn.Module):
             InputError: S below 1 or not one for each sequence; a `Depth` whose parts exclude one another.
         """
         loops, depth = planned(num_loops, self.config.loop.max_loops, len(x))
+        dtype = x.dtype
         context = self._default_context(x) if context is None else context
         if isinstance(loops, Tensor):
             x = self._apart(x, loops, context, depth)
         else:
             x = self._together(x, loops, context, depth)
         if isinstance(num_loops, Depth):
-            num_loops.visits, num_loops.outputs = depth.visits, depth.outputs
+            num_loops.visits, num_loops.outputs = depth.visits, [h.to(dtype) for h in depth.outputs]
             if isinstance(loops, int):
                 num_loops.visits = torch.full((len(x),), loops, device=x.device)
-        return x
+        return x.to(dtype)
 
     def fused(
         self,

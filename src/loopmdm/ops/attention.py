@@ -203,8 +203,9 @@ def _refuses(
 def _torch_refuses(impl: str, qkv: Tensor, heads: int, groups: int, spans: Any) -> str | None:
     q, k, v = (t.transpose(1, 2) for t in qkv.split((heads, groups, groups), dim=2))
     mask = None
-    if spans is not None:  # its shape and dtype are all that is asked for
-        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=q.device).expand(q.shape[0], 1, q.shape[2], q.shape[2])
+    if spans is not None:  # its shape, dtype and last stride are all that is asked for
+        batch, _, tokens, _ = q.shape
+        mask = torch.ones((1, 1, 1, tokens), dtype=torch.bool, device=q.device).expand(batch, 1, tokens, tokens)
     params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, False, heads != groups)
     can = getattr(torch.backends.cuda, f"can_use_{impl}_attention")
     if can(params):

@@ -63,7 +63,7 @@ class HeadStats(NamedTuple):
 
 @dataclass(frozen=True)
 class Draw:
-    """How tokens are chosen: the keywords of `head_stats`, checked."""
+    """How tokens are chosen: the keywords of `head_stats`, checked, its tensors of rows contiguous."""
 
     temperature: float
     seeds: Tensor | None
@@ -148,14 +148,18 @@ def head_stats(
     Raises:
         InputError: a shape, dtype or range that does not fit, or an `impl` that cannot run here.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not weight.numel():
         raise InputError(
-            f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; they must be [N, D] and [V, D]"
+            f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; they must be [N, D] and [V, D], D and V "
+            "at least 1"
         )
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise InputError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one to the other's floating dtype")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias is {list(bias.shape)}; weight has {len(weight)} rows, so it must be [{len(weight)}]")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.device != hidden.device:
+            raise InputError(f"hidden is on {hidden.device} and {name} on {t.device}; move them to one device")
     draw = _checked(hidden, len(weight), temperature, seeds, steps, positions, suppressed, top_k, top_p, tokens, count)
     with torch.no_grad():
         return _run(hidden, weight, bias, draw, impl)
@@ -237,12 +241,17 @@ def _checked(
     top_p = None if top_p == 1 else top_p
     if not temperature:
         seeds = positions = top_k = top_p = None
-    return Draw(float(temperature), seeds, steps, positions, ids, top_k, top_p, tokens, count)
+
+    def dense(t: Tensor | None) -> Tensor | None:  # kernels read one number behind the other
+        return None if t is None else t.contiguous()
+
+    noise = dense(seeds), dense(steps), dense(positions)
+    return Draw(float(temperature), *noise, ids, top_k, top_p, dense(tokens), count)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _mask(suppressed: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
-    """bool [V], True where suppressed. Cached, so that a step copies nothing to the device."""
+    """bool [V], True where suppressed. Cached, so that a step copies nothing; for good, because a graph reads it."""
     mask = torch.empty(vocab, dtype=torch.bool, device="cpu").zero_()
     mask[list(suppressed)] = True
     return mask.to(device)
@@ -267,6 +276,8 @@ def _needs_all_logits(draw: Draw) -> bool:
 def _refuses(impl: str, x: Tensor) -> str | None:
     if impl == "cpp" and x.dtype not in (torch.float32, torch.bfloat16):
         return f"{x.dtype} is not for the CPU; use float32 or bfloat16"
+    if impl == "triton" and x.dtype not in DTYPES:
+        return f"{x.dtype} is not for the kernel; use float32, bfloat16 or float16"
     return None
 
 
@@ -458,9 +469,8 @@ class Cpp:
         token = torch.empty(len(stats.best), dtype=torch.int64, device="cpu")
         values = torch.empty(5, len(token), dtype=torch.float32, device="cpu")
         tempered = stats.total if stats.tempered is None else stats.tempered
-        noise = [t.contiguous() for t in draw.noise] if draw.temperature else [None] * 3
-        judged = None if draw.tokens is None else draw.tokens.contiguous()
-        given = (stats.best, stats.total, stats.dot, tempered, second, at, *noise, judged, token, values)
+        noise = draw.noise if draw.temperature else (None,) * 3
+        given = (stats.best, stats.total, stats.dot, tempered, second, at, *noise, draw.tokens, token, values)
         where = (0 if t is None else t.data_ptr() for t in given)
         self.native.head_rows_cpu(self.head(part), self.scale, *where, torch.get_num_threads())
         return HeadStats(token, *values)
@@ -472,7 +482,8 @@ class Triton:
     def __init__(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw, config: Mapping[str, int]
     ) -> None:
-        self.x = x if x.stride(1) == 1 else x.contiguous()
+        # what is multiplied is read a row behind the other, logits with any stride between rows
+        self.x = x if weight is None and x.stride(1) == 1 else x.contiguous()
         self.vocab = x.shape[1] if weight is None else len(weight)
         self.scale, self.config, self.count = draw.scale, config, draw.count
         mask = _mask(draw.suppressed, self.vocab, x.device).view(torch.int8) if draw.suppressed else None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError, whole
 from ..kernels import tuned
+from .constants import constant
 from .contract import Op, unavailable
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -165,7 +166,7 @@ def _reference(
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if suppressed:
-        logits.index_fill_(-1, torch.tensor(list(suppressed), device=logits.device), float("-inf"))
+        logits.index_fill_(-1, constant(suppressed, logits.device), float("-inf"))
     return F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -205,7 +206,7 @@ def _chunked_op(
         hidden, targets = hidden.contiguous(), targets.contiguous()
         weights = None if weights is None else weights.contiguous()
         table, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-        banned = torch.tensor(suppressed, device=hidden.device) if suppressed else None
+        banned = constant(suppressed, hidden.device) if suppressed else None
         buffer = hidden.new_empty(step, vocab)
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
@@ -311,9 +312,8 @@ def _library(
     bias = None if bias is None else bias.to(hidden.dtype)
     if impl == "torch_native":
         if suppressed:
-            ids = torch.tensor(list(suppressed), device=hidden.device)
             offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
-            bias = offset.index_fill(0, ids, float("-inf"))
+            bias = offset.index_fill(0, constant(suppressed, hidden.device), float("-inf"))
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="none", options=options)
     keep = weight.shape[0] - len(set(suppressed))

@@ -159,6 +159,8 @@ def _check(
     if mask is not None:
         if causal:
             raise InputError("rotary_attention: give a mask or causal, not both")
+        if mask.device != q.device:
+            raise InputError(f"rotary_attention: q is on {q.device} and mask on {mask.device}; move them to one device")
         whole = (B, 1, R, T)
         fits = 0 < mask.ndim <= 4 and all(n in (1, m) for n, m in zip(mask.shape, whole[4 - mask.ndim :], strict=True))
         if not fits:

@@ -30,7 +30,7 @@ from .state import Move, Policy, Ranked, State
 from .unmask import settle
 
 STEPS = 64
-"""Denoising steps of a policy that is not adaptive, when none are asked for."""
+"""Denoising steps of a policy that is not adaptive, when none are asked for and there are no more blocks."""
 
 
 @torch.no_grad()
@@ -62,13 +62,14 @@ def generate(
 
     Args:
         model: any Denoiser; switched to evaluation mode meanwhile.
-        prompt: one sequence of ids, a list of sequences (lengths may differ), a tensor [T] or [B, T], or None for
-            `batch_size` unconditional samples. Mask ids inside a prompt are filled in place (infilling); other
+        prompt: one sequence of ids, a list of sequences (lengths may differ), a tensor or array [T] or [B, T], or None
+            for `batch_size` unconditional samples. Mask ids inside a prompt are filled in place (infilling); other
             tokens never change.
         max_new_tokens: masks appended to each prompt; may be 0 when the prompts hold masks.
         steps: denoising steps, >= 1. More steps than masked tokens cost nothing extra. None is as many as it takes
-            for an adaptive policy (threshold, factor, eb, first_hitting) and 64 for the others; an adaptive policy
-            that is given steps reveals at least ceil(left / steps left) tokens in each.
+            for an adaptive policy (threshold, factor, eb, first_hitting) and for the others 64, or one a block where
+            that is more; an adaptive policy that is given steps reveals at least ceil(left / steps left) tokens in
+            each.
         num_loops: S of every step, or a callable from the share of each sequence's tokens that are masked, float64
             [N] in (0, 1], to S, int64 [N] (a `DepthTable`); None is the model's `max_loops`.
         early_exit: rule by which a sequence makes fewer loops, for models that take a `Depth`.
@@ -89,8 +90,10 @@ def generate(
         schedule: noise schedule of ancestral, first_hitting and remdm, and of time-conditioned models; these are told
             t = 1 - step / steps, or without `steps` the share of generated positions that are masked, unless the policy
             has its own times.
-        seed: of all noise. Row i uses `row_seeds[i]`, by default seed + i: a sequence comes out the same
-            whatever shares its batch.
+        seed: of all noise. Row i uses `row_seeds[i]`, by default seed + i, so go on with seed + batch_size for
+            independent samples. A sequence's noise does not depend on what shares its batch. Its tokens do as far as
+            the rounding of its logits does: in bf16 they may differ, with `LoopMDM.packed(torch.bfloat16)` where its
+            layers run in native calls they are the same.
         on_step: called after each step that ran the model or remasked, with (step, tokens [B, T], revealed bool
             [B, T]).
         compat: "llada", "dream", "mdlm" or "smdm": that codebase's own sampler, bugs included, with its own policies
@@ -150,7 +153,7 @@ def generate(
         tokens,
         lengths,
         torch.tensor([random.signed(s) for s in wanted], device=device),
-        steps if steps is not None or chosen.adaptive else STEPS,
+        steps,
         block_length,
         eos_id,
     )
@@ -213,10 +216,8 @@ class _Sampler:
         block_length: int | None,
         eos: int | Sequence[int] | None,
     ) -> None:
-        if steps is not None:
-            whole("steps", steps)
         self.network, self.head, self.policy, self.schedule = network, head, policy, schedule
-        self.tokens, self.row_seeds, self.steps = tokens, row_seeds, steps
+        self.tokens, self.row_seeds = tokens, row_seeds
         column = torch.arange(tokens.shape[1], device=tokens.device)
         self.real = column < lengths[:, None]
         self.masked = (tokens == network.model.mask_id) & self.real
@@ -227,21 +228,22 @@ class _Sampler:
         self.ends = None if eos is None else Ends(eos, network.model, self.generated, self.given)
         self.over = torch.zeros_like(lengths, dtype=torch.bool)
         self.confidence = torch.zeros(tokens.shape, device=tokens.device)
-        self._divide(block_length)
+        self._divide(block_length, steps)
         network.result = self.result = Generation(tokens, lengths, torch.full_like(tokens, -1))
         self.trace: list[Tensor] = []
 
-    def _divide(self, block_length: int | None) -> None:
-        """Number the blocks: `block` int64 [B, T], -1 outside `generated`; `blocks` int64 [B]."""
-        if block_length is None:
-            block_length = self.generated.shape[1]
-        whole("block_length", block_length)
+    def _divide(self, block_length: int | None, steps: int | None) -> None:
+        """Number the blocks: `block` int64 [B, T], -1 outside `generated`; `blocks` int64 [B]; `steps` for them all."""
+        block_length = self.generated.shape[1] if block_length is None else whole("block_length", block_length)
         rank = self.generated.cumsum(-1) - 1
         self.block = torch.where(self.generated, rank // block_length, -1)
         self.blocks = self.block.max(-1).values + 1
         most = int(self.blocks.max())
-        if self.steps is not None and self.steps < most:
-            raise InputError(f"steps is {self.steps}, but there are {most} blocks; each needs at least one step")
+        self.steps = None if self.policy.adaptive else max(STEPS, most)
+        if steps is not None:
+            self.steps = whole("steps", steps)
+            if steps < most:
+                raise InputError(f"steps is {steps}, but there are {most} blocks; each needs at least one step")
         self.at = torch.full_like(self.blocks, -1)  # without `steps`: each sequence's block and its step in it
         self.since = torch.zeros_like(self.blocks)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, shown, whole
+from ..errors import InputError, integer, shown, whole
 from ..model.denoiser import Denoiser
 
 Prompt = Tensor | Sequence[int] | Sequence[Sequence[int]] | None
@@ -22,15 +22,15 @@ def arrange(
     if prompt is None:
         rows: list[list[int]] = [[] for _ in range(whole("batch_size", batch_size))]
     else:
-        if isinstance(prompt, Tensor) and prompt.dim() not in (1, 2):
-            raise InputError(f"prompt is {list(prompt.shape)}; expected ids [T] or [B, T]")
+        dims = getattr(prompt, "ndim", None)  # of a tensor or an array
+        if dims not in (None, 1, 2):
+            raise InputError(f"prompt is {list(prompt.shape)}; expected ids [T] or [B, T]")  # type: ignore[union-attr]
         data = listed("prompt", prompt)
-        data = [r.tolist() if isinstance(r, Tensor) else r for r in data]
         nested = [isinstance(r, (list, tuple)) for r in data]
         if any(nested) and not all(nested):
             raise InputError("the prompt mixes ids and sequences; pass one sequence of ids or a list of sequences")
-        several = any(nested) or (isinstance(prompt, Tensor) and prompt.dim() == 2)
-        rows = [list(r) for r in data] if several else [data]
+        several = any(nested) or dims == 2
+        rows = [listed("prompt", r) for r in data] if several else [data]
     if not rows:
         raise InputError("the batch is empty")
     for row in rows:
@@ -50,11 +50,15 @@ def arrange(
 
 
 def listed(name: str, given: object) -> list[Any]:
-    """A list or tensor as a list."""
-    found = given.tolist() if isinstance(given, Tensor) else given
+    """A list, tensor or array as a list, of Python's numbers where it held tensors or NumPy's."""
+    found = _plain(given)
     if not isinstance(found, Iterable):
         raise InputError(f"{name} is {shown(given)}; it must be a list")
-    return list(found)
+    return [_plain(x) for x in found]
+
+
+def _plain(given: Any) -> Any:
+    return given.tolist() if hasattr(given, "tolist") else given
 
 
 def check_ids(name: str, ids: Iterable[Any], model: Denoiser) -> None:
@@ -76,7 +80,7 @@ class Ends:
     """
 
     def __init__(self, eos: int | Sequence[int], model: Denoiser, generated: Tensor, given: Tensor) -> None:
-        ids = [eos] if isinstance(eos, int) else listed("eos_id", eos)
+        ids = listed("eos_id", [eos] if integer(eos) is not None else eos)
         check_ids("eos_id", ids, model)
         if model.mask_id in ids:
             raise InputError(f"eos_id is {model.mask_id}, the mask; it must be an id that the model can predict")
