@@ -47,9 +47,9 @@ def cuda_release(nvcc):
 
 
 def cuda_archs():
-    """Numbers as nvcc's, rising: 80 for "sm_80", "80" and "8.0"."""
+    """Numbers as nvcc's, rising: 80 for "sm_80", "80" and "8.0"; "90a" is 90."""
     given = os.environ.get("LOOPMDM_CUDA_ARCHS", "80 90")
-    found = [re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)", word) for word in re.split(r"[\s,;]+", given.strip(" ,;"))]
+    found = [re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)[af]?", word) for word in re.split(r"[\s,;]+", given.strip(" ,;"))]
     if not all(found):
         sys.exit(f'LOOPMDM_CUDA_ARCHS is {given!r}; write for example LOOPMDM_CUDA_ARCHS="sm_80 sm_90" or "8.0 9.0".')
     return sorted({int(match[1] + match[2]) for match in found})

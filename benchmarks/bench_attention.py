@@ -65,7 +65,7 @@ def layout(name: str, batch: int, tokens: int) -> Spans | None:
 def test_attention(
     benchmark: Any, batch: int, tokens: int, heads: int, groups: int, head_dim: int, spans: str, name: str
 ) -> None:
-    benchmark.group = f"attention, {spans}: {batch} x {tokens}, {heads}/{groups} heads of {head_dim}"
+    benchmark.group = f"attention, {spans}, one thread: {batch} x {tokens}, {heads}/{groups} heads of {head_dim}"
     benchmark.name = name
     ranges = layout(spans, batch, tokens)
     rng = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loopmdm.model.lm import LoopMDM
 
@@ -169,16 +169,20 @@ def test_forward_backward(benchmark: Any, name: str, size: str, loops: int, rows
     model, plain = models(size, loops)
     ids = inputs(rows)
 
-    def step(run: Run, embedding: Tensor) -> Run:
+    def step(run: Run, module: nn.Module, embedding: Tensor) -> Run:
+        parameters = list(module.parameters())
+        place = next(n for n, p in enumerate(parameters) if p is embedding)
+
         def both(ids: Tensor) -> tuple[Tensor, ...]:
             h = run(ids)
-            (gradient,) = torch.autograd.grad((h * h.detach().roll(1, -1)).sum(), embedding)
-            return h.detach(), gradient
+            # of all parameters, as training needs them; the head's are None
+            gradients = torch.autograd.grad((h * h.detach().roll(1, -1)).sum(), parameters, allow_unused=True)
+            return h.detach(), gradients[place]
 
         return both
 
-    ours = step(arm("loopmdm", model, plain, loops, ids[0]), model.embed.weight)
-    theirs = step(arm("reference", model, plain, loops, ids[0]), plain.embed)
+    ours = step(arm("loopmdm", model, plain, loops, ids[0]), model, model.embed.weight)
+    theirs = step(arm("reference", model, plain, loops, ids[0]), plain, plain.embed)
     race(
         benchmark,
         ours if name == "loopmdm" else theirs,

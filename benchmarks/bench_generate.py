@@ -1,7 +1,7 @@
 """generate end to end against the samplers that LLaDA and MDLM publish, on the same looped model.
 
     pytest benchmarks/bench_generate.py --benchmark-only              small, and a few steps of the large model
-    pytest benchmarks/bench_generate.py --benchmark-only -m slow      the large model, 64 steps (a quarter of an hour)
+    pytest benchmarks/bench_generate.py --benchmark-only -m slow      the large model, 64 steps (45 minutes)
 
 Rules: "confidence", LLaDA's low-confidence remasking at temperature 1; "ancestral", MDLM's cached ancestral sampler.
 Arms: "reference" and "loopmdm" in fp32 and with bf16 weights (ours on a CPU: `model.packed(torch.bfloat16)`); ratios

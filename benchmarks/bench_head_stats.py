@@ -31,7 +31,7 @@ from torch import Tensor
 from loopmdm.lab.evidence import processor
 from loopmdm.ops.head_stats import OP, head_stats
 
-from .frame import CUDA, DEVICE, race
+from .frame import CUDA, DEVICE, keep_memory, race
 
 LENGTH, DIM, VOCAB = 256, 512, 50258
 MASKED = torch.arange(0, LENGTH, 2, device=DEVICE)
@@ -126,6 +126,7 @@ def test_interleaved() -> None:
     folder = os.environ.get("LOOPMDM_RESULTS")
     if folder:
         machine = {"cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
+        machine["malloc"] = keep_memory()
         unit = "ms, medians of interleaved rounds; ratios are medians round by round, llada / arm; MB beyond the start"
         text = ",\n".join("  " + json.dumps(row) for row in results)
         head = json.dumps({"op": "head_stats", "machine": machine, "unit": unit})[:-1]

@@ -32,7 +32,7 @@ from torch import Tensor
 from loopmdm.lab.evidence import processor
 from loopmdm.ops.linear_cross_entropy import OP, linear_cross_entropy
 
-from .frame import race, within
+from .frame import keep_memory, race, within
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -246,6 +246,7 @@ def save(rows: list[dict[str, Any]], accuracy: list[dict[str, Any]]) -> None:
         "machine": machine,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "malloc": keep_memory(),
         "torch": torch.__version__,
         "dtype": str(DTYPE).removeprefix("torch."),
         "load": [round(x, 1) for x in os.getloadavg()],

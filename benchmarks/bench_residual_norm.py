@@ -78,7 +78,7 @@ def training(run: Callable[..., tuple[Tensor, Tensor]], grads: list[Tensor]) -> 
 def test_residual_norm(benchmark: Any, rows: int, dim: int, kind: str, step: str, name: str) -> None:
     if name == "cpp" and step == "training":
         pytest.skip("impl=cpp has no backward")
-    benchmark.group = f"residual_norm, {kind}, {step}: {rows} rows, d {dim}"
+    benchmark.group = f"residual_norm, {kind}, {step}, one thread: {rows} rows, d {dim}"
     benchmark.name = name
     grads = [torch.randn(rows, dim, device=DEVICE), torch.randn(rows, dim, device=DEVICE).to(OUT)]
     run, reference = (

@@ -20,10 +20,11 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
 
     def say(line: str) -> None:
-        terminal.ensure_newline()
-        terminal.write_line(line)
+        if terminal is not None:
+            terminal.ensure_newline()
+            terminal.write_line(line)
 
-    measure(say)
+    session.testsfailed += measure(say)
     return done
 
 

@@ -4,9 +4,10 @@
 
 A test says what is to be timed and checks it; `conftest.py` calls `measure` when all have. It goes through the groups
 SWEEPS times, so that a row's rounds lie minutes apart and what slows the machine for a while meets all rows alike. In a
-round of a group the reference and every arm run once, on the same input and in turns. A sweep's ratio is the median
-over its rounds, a row's ratio the geometric mean over sweeps; how far the sweeps differ says what another run would
-give (`repeated`). On CUDA, where all that was set up may not fit in memory at once, each row is timed in its own test.
+round of a group the reference and every arm run once, on the same input; in each round another one is first. A sweep's
+ratio is the median over its rounds, a row's ratio the geometric mean over sweeps; how far the sweeps differ says what
+another run would give (`repeated`). On CUDA, where all that was set up may not fit in memory at once, each row is timed
+in its own test, in sweeps one after another.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def keep_memory() -> str:
     """Let glibc's malloc keep what is freed, and say what malloc does.
 
     As it comes, each tensor above 32 MiB is mapped anew and its pages are cleared at their first touch. That took up to
-    half of the reference's time, twice as much in some minutes as in others, and another allocator takes none of it.
+    half of the reference's time, twice as much in some minutes as in others; an allocator that keeps memory takes none.
     LOOPMDM_MALLOC=default leaves malloc as it is.
     """
-    if CUDA or os.environ.get("LOOPMDM_MALLOC") == "default":
+    if CUDA or os.environ.get("LOOPMDM_MALLOC") == "default" or os.environ.get("LD_PRELOAD"):
         return "default"
     mmap_max, trim_threshold = -4, -1  # glibc's malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -92,6 +93,7 @@ class Arm:
     timed: Timed
     rival: Timed | None
     dtype: torch.dtype
+    threads: int
     tokens: int
     flops: float
 
@@ -105,13 +107,18 @@ class Arm:
         """Give what was timed to pytest-benchmark, in place of the call that its test made."""
         seconds = [second for sweep in self.timed.seconds for second in sweep]
         self.benchmark.stats.stats.data[:] = seconds
+        self.benchmark.has_error = False
         median = statistics.median(seconds)
         info: dict[str, Any] = {"sweeps": len(self.timed.seconds)}
         if self.tokens:
             info["tokens_per_second"] = self.tokens / median
         if self.flops:
             rate = self.flops / median
-            info |= {"flops": self.flops, "flop_per_second": rate, "share_of_matmul": rate / peak(self.dtype)}
+            info |= {
+                "flops": self.flops,
+                "flop_per_second": rate,
+                "share_of_matmul": rate / peak(self.dtype, self.threads),
+            }
         if self.rival is not None:
             ratios = self.ratios()
             info["ratio"] = statistics.geometric_mean(ratios)
@@ -133,34 +140,52 @@ class Group:
     def members(self) -> list[Timed]:
         return list({id(t): t for arm in self.arms for t in (arm.rival, arm.timed) if t is not None}.values())
 
-    def sweep(self, say: Callable[[str], None]) -> None:
-        """The rounds of one sweep. What fails is left out with one line, as is what was timed against it."""
-        before = torch.get_num_threads()
+    def sweep(self, say: Callable[[str], None]) -> int:
+        """The rounds of one sweep. What fails is left out with one line, as is what was timed against it: how many."""
+        before, lost = torch.get_num_threads(), 0
         torch.set_num_threads(self.threads)
         try:
             while self.arms and (failed := self._sweep()):
                 for arm in [arm for arm in self.arms if failed[0] in (arm.timed, arm.rival)]:
                     say(f"not timed: {arm.benchmark.group}, {arm.benchmark.name}: {failed[1]}")
-                    arm.benchmark.has_error = True
-                    self.arms.remove(arm)
+                    self.drop(arm)
+                    lost += 1
         finally:
             torch.set_num_threads(before)
+        return lost
+
+    def drop(self, arm: Arm) -> None:
+        arm.benchmark.has_error = True
+        self.arms.remove(arm)
 
     def _sweep(self) -> tuple[Timed, Exception] | None:
         """Time all members, or none of them and what failed."""
         members = self.members
+        done = sum(map(len, members[0].seconds))  # rounds go on where the last sweep ended: with its turn and input
         found: list[list[float]] = [[] for _ in members]
-        whole = sum(member.taken for member in members)
-        rounds = ROUNDS or max(LEAST, min(MOST, int(SHORT * len(members) / whole)))
-        for n in range(-1 if whole < COLD else 0, rounds):
+
+        def round_of(n: int, kept: list[list[float]]) -> tuple[Timed, Exception] | None:
             for turn in range(len(members)):
                 place = (turn + n) % len(members)
                 try:
-                    taken = members[place].once(n)
+                    kept[place].append(members[place].once(n))
                 except Exception as error:  # such as memory that is not there: the others are still worth timing
                     return members[place], error
-                if n >= 0:
-                    found[place].append(taken)
+            return None
+
+        if not done or sum(member.taken for member in members) < COLD:
+            untimed: list[list[float]] = [[] for _ in members]
+            failed = round_of(done - 1, untimed)
+            if failed is not None:
+                return failed
+            for member, seconds in zip(members, untimed, strict=True):
+                member.first = seconds[0]  # the call before, which checked, may have compiled
+        whole = sum(member.taken for member in members)
+        rounds = ROUNDS or max(LEAST, min(MOST, int(SHORT * len(members) / max(whole, 1e-9))))
+        for n in range(done, done + rounds):
+            failed = round_of(n, found)
+            if failed is not None:
+                return failed
         for member, seconds in zip(members, found, strict=True):
             member.seconds.append(seconds)
         return None
@@ -205,6 +230,9 @@ def race(
         given, started = fresh(inputs[0]), time.perf_counter()
         results.append(benchmark.pedantic(timed.run, args=(given,)) if timed is found[0] else timed.run(given))
         timed.first = time.perf_counter() - started
+    if benchmark.stats is not None:  # no row before it was timed
+        benchmark.has_error = True
+        benchmark.stats.stats.data.clear()
     if reference is not None and agree is not None:
         agree(*results)
     del results
@@ -221,26 +249,27 @@ def race(
         rival = None
     else:
         rival = group.rivals.setdefault(against, found[1])
-    group.arms.append(Arm(benchmark, found[0], rival, dtype, tokens, flops))
+    group.arms.append(Arm(benchmark, found[0], rival, dtype, group.threads, tokens, flops))
     if CUDA:
-        measure()
+        said: list[str] = []
+        assert not measure(said.append), "; ".join(said)
 
 
-def measure(say: Callable[[str], None] = lambda line: None) -> None:
-    """Time all that was set up since the last call; `say` is told how far it is, and what cannot be timed."""
-    groups = list(GROUPS.values())
+def measure(say: Callable[[str], None] = lambda line: None) -> int:
+    """Time all that was set up since the last call; how many rows could not be.
+
+    `say` is told how far it is, and what cannot be timed.
+    """
+    groups, lost = list(GROUPS.values()), 0
     GROUPS.clear()
     try:
-        for sweep in range(SWEEPS):
+        for sweep in range(SWEEPS if groups else 0):
             say(f"sweep {sweep + 1} of {SWEEPS} through {len(groups)} groups")
-            for group in groups:
-                group.sweep(say)
+            lost += sum(group.sweep(say) for group in groups)
     finally:  # after Ctrl-C: what there is
-        for arm in (arm for group in groups for arm in group.arms):
-            if arm.timed.seconds:
-                arm.report()
-            else:
-                arm.benchmark.has_error = True
+        for arm in (arm for group in groups for arm in group.arms if arm.timed.seconds):
+            arm.report()
+    return lost
 
 
 SPREAD, WEIGHT = 0.06, 8
@@ -316,7 +345,7 @@ def peak_bytes(run: Run, x: Any) -> int:
 
 
 @functools.cache
-def peak(dtype: torch.dtype) -> float:
+def peak(dtype: torch.dtype, threads: int = THREADS) -> float:
     """FLOP/s of this machine's matrix product in `dtype`, measured: the fastest of ten of 1024 (CUDA: 8192) cubed.
 
     On a CPU of the libraries that there are, with the second matrix laid out beforehand.
@@ -331,7 +360,8 @@ def peak(dtype: torch.dtype) -> float:
         except InputError:  # not for this dtype, or not on this processor
             continue
         products.append(lambda _, other=other: other())
-    seconds = []
+    seconds, before = [], torch.get_num_threads()
+    torch.set_num_threads(threads)
     with torch.no_grad():
         for product in map(synchronised, products):
             product(0)
@@ -339,6 +369,7 @@ def peak(dtype: torch.dtype) -> float:
                 started = time.perf_counter()
                 product(0)
                 seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(before)
     return 2 * size**3 / min(seconds)
 
 

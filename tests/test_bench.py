@@ -189,7 +189,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now, self.order = 0.0, []
         monkeypatch.setattr(frame.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(frame, "peak", lambda dtype: 10.0)
+        monkeypatch.setattr(frame, "peak", lambda dtype, threads: 10.0)
         monkeypatch.setattr(frame, "environment", dict)
         monkeypatch.setattr(frame, "CUDA", False)
         monkeypatch.setattr(frame, "WARMUP", 1)
@@ -215,11 +215,12 @@ def test_arms_take_turns_in_each_round(monkeypatch):
     frame.race(rows[1], slow, theirs, [0, 1], lambda a, b: checked.append((a, b)), **given)
     frame.race(rows[2], fast, theirs, [0, 1], None, **given, nfe=2)
     assert checked == [(0, 0)] and len(clock.order) == 5 and frame.GROUPS.keys() == {"g: a"}
+    assert [(row.has_error, row.stats.stats.data) for row in rows] == [(True, [])] * 3
     del clock.order[:]
     said = []
-    frame.measure(said.append)
-    first, second, third = clock.order[0:3], clock.order[3:6], clock.order[6:9]
-    assert len(clock.order) == 18 and not frame.GROUPS
+    assert frame.measure(said.append) == 0 and not any(row.has_error for row in rows)
+    first, second, third = clock.order[3:6], clock.order[6:9], clock.order[9:12]  # after one that is not timed
+    assert len(clock.order) == 21 and not frame.GROUPS
     assert [{name for name, _ in r} for r in (first, second, third)] == [{"theirs", "slow", "fast"}] * 3
     assert [{x for _, x in r} for r in (first, second, third)] == [{0}, {1}, {0}]
     assert len({r[0][0] for r in (first, second, third)}) == 3  # each is first once
@@ -231,6 +232,16 @@ def test_arms_take_turns_in_each_round(monkeypatch):
     assert info["reference_seconds"] == 3.0 and info["nfe"] == 2
     assert info["tokens_per_second"] == 8.0 and info["share_of_matmul"] == pytest.approx(0.6)
     assert said == ["sweep 1 of 2 through 1 groups", "sweep 2 of 2 through 1 groups"]
+
+
+def test_turns_and_inputs_go_on_from_sweep_to_sweep(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(frame, "SWEEPS", 4)
+    monkeypatch.setattr(frame, "ROUNDS", 1)
+    frame.race(FakeBenchmark(), clock.taking("ours", 1.0), clock.taking("theirs", 1.0), [0, 1], None, memory=False)
+    del clock.order[:]
+    frame.measure()
+    assert [clock.order[n] for n in range(2, 10, 2)] == [("theirs", 0), ("ours", 1), ("theirs", 0), ("ours", 1)]
 
 
 def test_a_slow_spell_of_the_machine_meets_one_sweep_of_all_rows(monkeypatch):
@@ -265,7 +276,7 @@ def test_short_rows_get_more_rounds(monkeypatch, seconds, rounds):
     del clock.order[:]
     frame.measure()
     assert len(fake.stats.stats.data) == rounds * frame.SWEEPS
-    untimed = 2 * frame.SWEEPS if 2 * seconds < frame.COLD else 0
+    untimed = 2 * frame.SWEEPS if 2 * seconds < frame.COLD else 2
     assert len(clock.order) == 2 * rounds * frame.SWEEPS + untimed
 
 
@@ -284,7 +295,7 @@ def test_what_fails_while_it_is_timed_is_left_out_with_one_line(monkeypatch):
     frame.race(rows[1], fails_later, good, [0], None, memory=False)
     frame.race(rows[2], good, fails_later, [0], None, memory=False, against="bad")
     frame.race(rows[3], good, good, [0], None, memory=False)
-    frame.measure(said.append)
+    assert frame.measure(said.append) == 2
     assert [row.has_error for row in rows] == [False, True, True, False]
     assert rows[0].extra_info["ratio"] == rows[3].extra_info["ratio"] == 1.0
     assert [line for line in said if line.startswith("not timed")] == [
@@ -293,13 +304,32 @@ def test_what_fails_while_it_is_timed_is_left_out_with_one_line(monkeypatch):
     ]
 
 
+def test_a_failure_on_a_gpu_is_its_test_s(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(frame, "CUDA", True)
+    monkeypatch.setattr(frame.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(frame, "peak_bytes", lambda run, x: 0)
+    calls = iter(range(100))
+
+    def fails_later(x):
+        clock.now += 1.0
+        if next(calls) > 0:
+            raise RuntimeError("no memory left")
+
+    row = FakeBenchmark()
+    frame.race(row, clock.taking("ours", 1.0), clock.taking("theirs", 2.0), [0], None)
+    assert row.extra_info["ratio"] == 2.0 and not frame.GROUPS
+    with pytest.raises(AssertionError, match="no memory left"):
+        frame.race(FakeBenchmark(), fails_later, None, [0], None)
+
+
 def test_ctrl_c_keeps_what_was_timed(monkeypatch):
     clock, row, late = Clock(monkeypatch), FakeBenchmark(), FakeBenchmark(group="h: b")
     calls = iter(range(100))
 
     def stopped(x):
         clock.now += 1.0
-        if next(calls) > 1:
+        if next(calls) > 2:
             raise KeyboardInterrupt
 
     good = clock.taking("good", 1.0)

@@ -21,6 +21,7 @@ from loopmdm import cli
 from loopmdm.cli import common
 from loopmdm.config import PRESETS
 from loopmdm.diffusion.bounds import likelihood
+from loopmdm.errors import InputError
 from loopmdm.lab import monitor, text_run
 from loopmdm.lab.corpus import Corpus
 from loopmdm.lab.data import build_tokenizer
@@ -188,10 +189,23 @@ def test_nothing_is_left_of_a_run_that_did_not_begin(text, tmp_path, monkeypatch
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(text_run, "Trainer", fail)
+    monkeypatch.setattr(text_run.Corpus, "build", fail)
     with pytest.raises(error):
         text_run.train(tmp_path / "run", Recipe(), Settings(data=[str(text)], length=16))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError])
+def test_a_corpus_that_was_built_stays_unless_the_user_was_wrong(text, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(text_run, "Trainer", fail)
+        text_run.train(tmp_path / "run", Recipe(steps=2), Settings(data=[str(text)], length=16))
+    assert (tmp_path / "run" / "data" / "meta.json").exists() == (error is not InputError)
+    if error is not InputError:
+        assert text_run.resume(tmp_path / "run").step == 2
 
 
 def test_train_never_touches_a_folder_that_holds_something(capsys, text, copy):

@@ -282,7 +282,8 @@ def as_denoiser(
     dtype: torch.dtype | None = None,
 ) -> Peer:
     """A model of another codebase as a `Denoiser`. It is not copied, except for `dtype`. What torch.compile made of a
-    whole model is not used, since it cannot stop at the head; compiled layers are.
+    whole model is not used, since it cannot stop at the head; compiled layers are. In training do not combine compiled
+    layers with gradient checkpointing where there is padding or an S for the call: what is computed again lacks them.
 
     For a patched (or merely recognised) model of a known family every argument has a default; for another module give
     `head`, `mask_id` and, unless it is called as model(input_ids), `call`.

@@ -95,9 +95,10 @@ def remember(out: Any, now: Pass) -> None:
         for part in out:
             remember(part, now)
     elif isinstance(out, Tensor) and out.grad_fn is not None:
+        mine = replace(now)  # which lives as long as the graph, and so does its entry
 
         def found(gradients: object) -> None:
-            _REMEMBERED[_task()] = now
+            _REMEMBERED[_task()] = mine
 
         out.grad_fn.register_prehook(found)
 

@@ -66,6 +66,8 @@ def options(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from torch import distributed
+
     from ..lab import text_run
     from ..lab.data import TOKENIZERS
     from ..lab.recipe import Recipe
@@ -101,6 +103,8 @@ def run(options: argparse.Namespace) -> int:
         recipe = Recipe(**{name: value for name, value in given.items() if name in of_recipe})
         rest = {name: value for name, value in given.items() if name not in of_recipe | {"out"}}
         made = text_run.train(given["out"], recipe, text_run.Settings(**rest))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # else its threads may outlive what they use, and abort the process
     return 0 if made.signal is None else 128 + made.signal
 
 

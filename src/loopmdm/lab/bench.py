@@ -75,7 +75,7 @@ def save(results: Mapping[str, Any], path: str | Path, merge: bool = False) -> P
             before = load(path)
         except InputError:
             raise InputError(f"{path} exists and is no results file; name another") from None
-        if merge and all(before.get(key) == results.get(key) for key in SHARED):
+        if merge and all(_shared(before, key) == _shared(results, key) for key in SHARED):
             results = {**results, "rows": _merged(before["rows"], results["rows"])}
         if _better(before, results):
             taken = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(2, 10_000))
@@ -98,9 +98,13 @@ def _weaker(row: Row, than: Row) -> bool:
     return row.get("sweeps", 1) < than.get("sweeps", 1) or 2 * row["rounds"] < than["rounds"]
 
 
+def _shared(results: Mapping[str, Any], key: str) -> Any:
+    return results.get(key, "default" if key == "malloc" else None)
+
+
 def _better(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     rows = {(row["group"], row["arm"]): row for row in now["rows"]}
-    if any(before.get(key) != now.get(key) for key in ("device", "threads", "malloc")):
+    if any(_shared(before, key) != _shared(now, key) for key in ("device", "threads", "malloc")):
         return True
     same = ((rows.get((row["group"], row["arm"])), row) for row in before["rows"])
     return any(mine is None or _weaker(mine, row) for mine, row in same)
@@ -130,7 +134,7 @@ def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def title(results: Mapping[str, Any]) -> str:
     """ "AMD EPYC, 2 threads, memory kept, torch 2.13.0, revision 0123456789, 2026-01-02"."""
-    malloc = f", {results['malloc']}" if results.get("malloc", "default") != "default" else ""
+    malloc = "" if _shared(results, "malloc") == "default" else f", {results['malloc']}"
     return (
         f"{results['device']}, {results['threads']} threads{malloc}, torch {results['versions']['torch']}, "
         f"revision {str(results['revision'])[:10]}, {results['date']}"
@@ -222,7 +226,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[tuple[str,
         else "All means over sizes agree within 10%."
     )
     for key in SHARED:
-        if a.get(key) != b.get(key):
+        if _shared(a, key) != _shared(b, key):
             verdict.append(f"Not the same {key}: {a.get(key)} and {b.get(key)}.")
     return cells, verdict
 

@@ -112,7 +112,7 @@ class Recipe:
             raise InputError(f"spike_guard is {self.spike_guard}; it must be above 1 and finite")
         for name in ("loops", "backprop_loops"):
             if getattr(self, name) is not None:
-                check_loops(getattr(self, name), name)
+                object.__setattr__(self, name, check_loops(getattr(self, name), name))
         random.signed(self.seed)
 
     def t_range(self, step: int) -> tuple[float, float]:

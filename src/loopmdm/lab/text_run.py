@@ -135,8 +135,9 @@ def train(out: str | Path, recipe: Recipe, settings: Settings, *, console: Conso
         if folder is not None:
             folder.save_tokenizer(run.feed.tokenizer)
             folder.write_recipe(held | run.facts())
-    except BaseException:  # Ctrl-C while a corpus is built, too: the run has not begun
-        if folder is not None:
+    except BaseException as error:  # the run has not begun; Ctrl-C while a corpus is built, too
+        made = (Path(out) / "data" / META).is_file() and not isinstance(error, InputError)
+        if folder is not None and not made:  # a corpus that took hours stays, and --resume finds it
             folder.discard()
         raise
     with run:

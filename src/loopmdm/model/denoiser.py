@@ -106,7 +106,7 @@ def rows_at(denoiser: Denoiser, hidden: Tensor, rows: Tensor, numbers: Tensor | 
     if not denoiser.logit_shift:
         return hidden[rows]
     batch, position = rows.nonzero(as_tuple=True)
-    least = torch.zeros_like(position) if numbers is None else starts(numbers)[rows]
+    least = torch.zeros_like(position) if numbers is None else starts(numbers)[batch, position]
     return hidden[batch, torch.maximum(position - denoiser.logit_shift, least)]
 
 
