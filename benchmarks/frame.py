@@ -5,9 +5,9 @@
 A test says what is to be timed and checks it; `conftest.py` calls `measure` when all have. It goes through the groups
 SWEEPS times, so that a row's rounds lie minutes apart and what slows the machine for a while meets all rows alike. In a
 round of a group the reference and every arm run once, on the same input; in each round another one is first. A sweep's
-ratio is the median over its rounds, a row's ratio the geometric mean over sweeps; how far the sweeps differ says what
-another run would give (`repeated`). On CUDA, where all that was set up may not fit in memory at once, each row is timed
-in its own test, in sweeps one after another.
+ratio is the median over its rounds; what a row's ratio is, and another run's, `loopmdm.lab.bench` makes of these. On
+CUDA, where all that was set up may not fit in memory at once, each row is timed in its own test, in sweeps one after
+another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import math
 import os
 import statistics
 import time
@@ -120,10 +119,7 @@ class Arm:
                 "share_of_matmul": rate / peak(self.dtype, self.threads),
             }
         if self.rival is not None:
-            ratios = self.ratios()
-            info["ratio"] = statistics.geometric_mean(ratios)
-            info["ratio_low"], info["ratio_high"] = repeated(ratios)
-            info["ratios"] = [float(f"{ratio:.4g}") for ratio in ratios]
+            info["ratios"] = [float(f"{ratio:.4g}") for ratio in self.ratios()]
             info["reference_seconds"] = statistics.median(itertools.chain(*self.rival.seconds))
         self.benchmark.extra_info.update(info)
 
@@ -270,24 +266,6 @@ def measure(say: Callable[[str], None] = lambda line: None) -> int:
         for arm in (arm for group in groups for arm in group.arms if arm.timed.seconds):
             arm.report()
     return lost
-
-
-SPREAD, WEIGHT = 0.06, 8
-"""Expected deviation of a row's log ratio from sweep to sweep, and as how many sweeps more it counts than were made."""
-
-FACTOR = 4.3
-"""Deviations by which the ratio of a repeated run may differ: in two runs of 144 rows 3.65 held them all."""
-
-
-def repeated(ratios: Sequence[float]) -> tuple[float, float]:
-    """Where another run should have its ratio, wide enough for all rows at once, from the ratios of one run's sweeps.
-
-    From how much these differ and, since a few can agree by chance, from SPREAD.
-    """
-    n, middle = len(ratios), statistics.geometric_mean(ratios)
-    squares = WEIGHT * SPREAD**2 + sum(math.log(ratio / middle) ** 2 for ratio in ratios)
-    reach = math.exp(FACTOR * math.sqrt(squares / (WEIGHT + n - 1) * 2 / n))
-    return middle / reach, middle * reach
 
 
 def within(allowed: float) -> Callable[[Any, Any], None]:

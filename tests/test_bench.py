@@ -225,10 +225,9 @@ def test_arms_take_turns_in_each_round(monkeypatch):
     assert [{x for _, x in r} for r in (first, second, third)] == [{0}, {1}, {0}]
     assert len({r[0][0] for r in (first, second, third)}) == 3  # each is first once
     assert [row.stats.stats.data for row in rows] == [[3.0] * 6, [2.0] * 6, [1.0] * 6]
-    assert "ratio" not in rows[0].extra_info
+    assert "ratios" not in rows[0].extra_info
     info = rows[2].extra_info
-    assert info["ratio"] == pytest.approx(3.0) and info["ratios"] == [3.0, 3.0] and info["sweeps"] == 2
-    assert (info["ratio_low"], info["ratio_high"]) == pytest.approx(frame.repeated([3.0, 3.0]))
+    assert info["ratios"] == [3.0, 3.0] and info["sweeps"] == 2
     assert info["reference_seconds"] == 3.0 and info["nfe"] == 2
     assert info["tokens_per_second"] == 8.0 and info["share_of_matmul"] == pytest.approx(0.6)
     assert said == ["sweep 1 of 2 through 1 groups", "sweep 2 of 2 through 1 groups"]
@@ -264,7 +263,7 @@ def test_a_group_may_have_two_references(monkeypatch):
     frame.race(wide, ours, clock.taking("fp32", 6.0), [0], None, memory=False)
     frame.race(narrow, ours, clock.taking("also bf16", 4.0), [0], None, memory=False, against="bf16")
     frame.measure()
-    assert (wide.extra_info["ratio"], narrow.extra_info["ratio"]) == pytest.approx((6.0, 4.0))
+    assert (wide.extra_info["ratios"][0], narrow.extra_info["ratios"][0]) == (6.0, 4.0)
 
 
 @pytest.mark.parametrize("seconds, rounds", [(1.0, frame.LEAST), (0.0079, 15), (1e-6, frame.MOST)])
@@ -297,7 +296,7 @@ def test_what_fails_while_it_is_timed_is_left_out_with_one_line(monkeypatch):
     frame.race(rows[3], good, good, [0], None, memory=False)
     assert frame.measure(said.append) == 2
     assert [row.has_error for row in rows] == [False, True, True, False]
-    assert rows[0].extra_info["ratio"] == rows[3].extra_info["ratio"] == 1.0
+    assert rows[0].extra_info["ratios"] == rows[3].extra_info["ratios"] == [1.0] * frame.SWEEPS
     assert [line for line in said if line.startswith("not timed")] == [
         "not timed: g: a, bad: no memory left",
         "not timed: g: a, against it: no memory left",
@@ -318,7 +317,7 @@ def test_a_failure_on_a_gpu_is_its_test_s(monkeypatch):
 
     row = FakeBenchmark()
     frame.race(row, clock.taking("ours", 1.0), clock.taking("theirs", 2.0), [0], None)
-    assert row.extra_info["ratio"] == 2.0 and not frame.GROUPS
+    assert row.extra_info["ratios"][0] == 2.0 and not frame.GROUPS
     with pytest.raises(AssertionError, match="no memory left"):
         frame.race(FakeBenchmark(), fails_later, None, [0], None)
 
@@ -337,7 +336,7 @@ def test_ctrl_c_keeps_what_was_timed(monkeypatch):
     frame.race(late, stopped, good, [0], None, memory=False)
     with pytest.raises(KeyboardInterrupt):
         frame.measure()
-    assert row.extra_info["sweeps"] >= 1 and row.extra_info["ratio"] == 1.0 and not row.has_error
+    assert row.extra_info["sweeps"] >= 1 and row.extra_info["ratios"][0] == 1.0 and not row.has_error
     assert late.extra_info["sweeps"] == 1
 
 
@@ -382,28 +381,37 @@ def test_same_is_bit_for_bit():
             frame.same(torch.ones(2), other)
 
 
-@pytest.mark.parametrize("sweeps", [1, 3, 5])
-def test_the_interval_holds_all_rows_of_another_run(sweeps):
-    """Sweeps that differ by SPREAD: in 95 of 100 pairs of runs every row is inside; and it is no wider than it must."""
+@pytest.mark.parametrize("sweeps, allowed", [(3, 20), (5, 10)])
+def test_the_interval_holds_all_rows_of_another_run(sweeps, allowed):
+    """Runs that differ by BETWEEN / 2 and sweeps by SPREAD: of 100 pairs few have a row outside, and not by far."""
     rng = random.Random(sweeps)
 
     def run():
-        return [[math.exp(rng.gauss(1, frame.SPREAD)) for _ in range(sweeps)] for _ in range(144)]
+        level = rng.gauss(1, bench.BETWEEN / 2)
+        return [math.exp(rng.gauss(level, bench.SPREAD)) for _ in range(sweeps)]
 
     def outside(factor):
         missed = 0
         for _ in range(100):
-            for one, two in zip(run(), run(), strict=True):
-                low, high = frame.repeated(one)
+            for one, two in ((run(), run()) for _ in range(144)):
+                low, high = bench.repeated(one)
                 middle, reach = math.sqrt(low * high), math.log(high / low) / 2 * factor
                 if abs(math.log(statistics.geometric_mean(two) / middle)) > reach:
                     missed += 1
                     break
         return missed
 
-    assert outside(1.0) <= 5 and outside(0.5) > 50
-    low, high = frame.repeated([2.0, 2.0 * 1.5, 2.0 / 1.5])
-    assert low < frame.repeated([2.0] * 3)[0] and low * high == pytest.approx(4.0)
+    assert outside(1.0) <= allowed and outside(0.5) > 50
+    low, high = bench.repeated([2.0, 2.0 * 1.5, 2.0 / 1.5])
+    assert low < bench.repeated([2.0] * 3)[0] and low * high == pytest.approx(4.0)
+
+
+def test_ratio_and_interval_come_from_the_sweeps(tmp_path):
+    path = bench.save(results(row(ratios=[2.0, 8.0], sweeps=2)), tmp_path / "a.json")
+    assert '"ratios": [2.0, 8.0]' in path.read_text() and "ratio_low" not in path.read_text()
+    (found,) = bench.load(path)["rows"]
+    assert found["ratio"] == pytest.approx(4.0)
+    assert (found["ratio_low"], found["ratio_high"]) == bench.repeated([2.0, 8.0])
 
 
 FAULTS = """
