@@ -240,6 +240,7 @@ def test_turns_and_inputs_go_on_from_sweep_to_sweep(monkeypatch):
     frame.race(FakeBenchmark(), clock.taking("ours", 1.0), clock.taking("theirs", 1.0), [0, 1], None, memory=False)
     del clock.order[:]
     frame.measure()
+    assert len(clock.order) == 2 + 4 * 2  # the first sweep begins with a round that is not timed
     assert [clock.order[n] for n in range(2, 10, 2)] == [("theirs", 0), ("ours", 1), ("theirs", 0), ("ours", 1)]
 
 

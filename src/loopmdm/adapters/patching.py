@@ -132,8 +132,10 @@ def _runs(block: nn.Module, layout: Layout) -> list[str]:
     norm = OP.choose("auto", weight.device, weight.dtype, rows=1024, dim=weight.shape[-1])
     attention = Choice("torch", {}, "F.scaled_dot_product_attention")
     if weight.is_cpu:
-        sizes = {"tokens": 1024, "head_dim": layout.head_dim, "level_below_4": native.level_below_4()}
-        attention = ATTENTION.choose("auto", weight.device, weight.dtype, **sizes)
+        below = native.level_below_4()
+        attention = ATTENTION.choose(
+            "auto", weight.device, weight.dtype, tokens=1024, head_dim=layout.head_dim, level_below_4=below
+        )
     heads = f"{layout.heads} heads of {layout.head_dim}"
     if layout.groups != layout.heads:
         heads += f" over {layout.groups} key/value heads"
