@@ -75,7 +75,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("gumbel_cpu", &loopmdm::gumbel_cpu, unlocked, py::arg("seeds"), py::arg("steps"), py::arg("positions"),
           py::arg("first"), py::arg("out"), py::arg("rows"), py::arg("count"), py::arg("stream"), py::arg("threads"));
     m.def("cpu_level", &loopmdm::cpu_level, "1 plain, 3 AVX2, 4 AVX-512, 5 with its bf16 products.");
-    // Pointers and sizes in the order of RotaryAttention and NormRows.
+    // Pointers and sizes in the order of the structs of layer.h.
     m.def("rotary_attention_cpu", [](const std::array<uintptr_t, 9>& p, const std::array<int64_t, 6>& n,
                                      const std::array<int64_t, 9>& at, const std::array<int64_t, 4>& shared,
                                      const std::array<bool, 4>& is, int threads) {
@@ -84,13 +84,29 @@ PYBIND11_MODULE(_C, m) {
                                        shared[0], shared[1], shared[2], shared[3], is[0], is[1], is[2], is[3]},
                                       threads);
     }, unlocked);
-    m.def("residual_norm_cpu", [](const std::array<uintptr_t, 6>& p, const std::array<int64_t, 5>& n, float eps,
+    m.def("residual_norm_cpu", [](const std::array<uintptr_t, 7>& p, const std::array<int64_t, 5>& n, float eps,
                                   const std::array<bool, 6>& is, int threads) {
-        loopmdm::residual_norm_cpu({p[0], p[1], p[2], p[3], p[4], p[5], n[0], n[1], n[2], n[3], n[4], eps, is[0], is[1],
-                                    is[2], is[3], is[4], is[5]},
+        loopmdm::residual_norm_cpu({p[0], p[1], p[2], p[3], p[4], p[5], p[6], n[0], n[1], n[2], n[3], n[4], eps, is[0],
+                                    is[1], is[2], is[3], is[4], is[5]},
                                    threads);
     }, unlocked);
+    m.def("residual_norm_backward_cpu", [](const std::array<uintptr_t, 9>& p, const std::array<int64_t, 5>& n,
+                                           const std::array<bool, 5>& is, int threads) {
+        loopmdm::residual_norm_backward_cpu({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], n[0], n[1], n[2], n[3],
+                                             n[4], is[0], is[1], is[2], is[3], is[4]},
+                                            threads);
+    }, unlocked);
     m.def("activation_cpu", &loopmdm::activation_cpu, unlocked);
+    m.def("activation_backward_cpu", [](const std::array<uintptr_t, 5>& p, const std::array<int64_t, 4>& n, int act,
+                                        bool is_bf16, int threads) {
+        loopmdm::activation_backward_cpu({p[0], p[1], p[2], p[3], p[4], n[0], n[1], n[2], n[3], act, is_bf16}, threads);
+    }, unlocked);
+    m.def("rotate_cpu", [](const std::array<uintptr_t, 4>& p, const std::array<int64_t, 8>& n,
+                           const std::array<bool, 4>& is, int threads) {
+        loopmdm::rotate_cpu({p[0], p[1], p[2], p[3], n[0], n[1], n[2], n[3], {n[4], n[5], n[6]}, n[7], is[0], is[1], is[2],
+                             is[3]},
+                            threads);
+    }, unlocked);
     m.def("packed_words", &loopmdm::packed_words, "32-bit words of a packed weight.");
     m.def("huge_pages", &loopmdm::huge_pages, "Ask for pages of 2 MiB for memory that nobody wrote to yet.");
     m.def("pack_weight_cpu", &loopmdm::pack_weight_cpu, unlocked);

@@ -287,23 +287,16 @@ struct Kernels {
     decltype(&totals) add = totals;
 };
 
-// LOOPMDM_CPU_LEVEL, for tests: the best that may be taken, 1 plain, 3 AVX2, 4 AVX-512, 5 its bf16 products as well.
 Kernels choose() {
     Kernels k;
-    const char* most = std::getenv("LOOPMDM_CPU_LEVEL");
-    const int level = most ? std::atoi(most) : 5;
 #ifdef LOOPMDM_X86
-    __builtin_cpu_init();
-    if (level >= 3 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    const int level = best_level();
+    if (level >= 3)
         k = {across_fp32_v3, across_bf16_v3, side_by_side, groups_v3, sixteen_v3, gumbels_v3, levels_v3, totals_v3};
-    if (level >= 4 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (level >= 4)
         k = {across_fp32_v4, across_bf16_v4, side_by_side_v4, groups_v4, sixteen_v4, gumbels_v4, levels_v4, totals_v4};
-        if (level >= 5 && __builtin_cpu_supports("avx512bf16"))
-            k.bf16 = across_bf16_dot;
-    }
+    if (level >= 5) k.bf16 = across_bf16_dot;
 #endif
-    (void)level;
     return k;
 }
 const Kernels kernels = choose();

@@ -1,4 +1,4 @@
-// What lies between a layer's products on the CPU, for inference. Pointers and sizes as Python checked them; 0 is null.
+// What lies between a layer's products on the CPU. Pointers and sizes as Python checked them; 0 is null.
 #pragma once
 
 #include <cstdint>
@@ -26,15 +26,43 @@ void rotary_attention_cpu(const RotaryAttention& a, int threads);
 // starts at element i * outer_stride + j * inner_stride; all else is contiguous.
 struct NormRows {
     uintptr_t x, branch, weight, bias, summed, out;  // summed is 0 where branch is
+    uintptr_t stats;                                 // fp32 [outer * inner][2]: mean and 1 / deviation; 0: not wanted
     int64_t outer, inner, dim, outer_stride, inner_stride;
     float eps;
     bool centre, x_bf16, branch_bf16, weight_bf16, bias_bf16, out_bf16;
 };
 void residual_norm_cpu(const NormRows& n, int threads);
 
+// Its gradients. x is the sum as stored, laid out as above; dsummed (0: none) and dx are of its dtype, dnormed of out's.
+struct NormGradient {
+    uintptr_t x, weight, stats, dsummed, dnormed;
+    uintptr_t dx, dbranch, dweight, dbias;  // dbranch: 0 where dx serves for it; the last two fp32 [dim], 0: not wanted
+    int64_t outer, inner, dim, outer_stride, inner_stride;
+    bool centre, x_bf16, branch_bf16, weight_bf16, out_bf16;
+};
+void residual_norm_backward_cpu(const NormGradient& n, int threads);
+
 enum Activation { kSwiglu, kGeluTanh, kRelu2 };
 // out [rows][cols] = act(x), or silu(x) * up; x and up are `stride` and `up_stride` elements from row to row.
 void activation_cpu(uintptr_t x, uintptr_t up, uintptr_t out, int64_t rows, int64_t cols, int64_t stride,
                     int64_t up_stride, int act, bool is_bf16, int threads);
+
+// dx and dup, laid out as x and up are, of grad [rows][cols].
+struct ActivationGradient {
+    uintptr_t grad, x, up, dx, dup;
+    int64_t rows, cols, stride, up_stride;
+    int act;
+    bool is_bf16;
+};
+void activation_backward_cpu(const ActivationGradient& a, int threads);
+
+// out [batch][tokens][heads][dim] = x rotated, or with `back` rotated back. As in RotaryAttention.
+struct RotateHeads {
+    uintptr_t x, cos, sin, out;
+    int64_t batch, tokens, heads, dim;
+    int64_t x_at[3], rope_batch;
+    bool is_bf16, interleaved, rounded, back;
+};
+void rotate_cpu(const RotateHeads& r, int threads);
 
 }  // namespace loopmdm

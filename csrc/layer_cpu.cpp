@@ -1,8 +1,7 @@
-// Attention with rotary positions, residual norm and activations on the CPU. See layer.h.
+// Attention with rotary positions on the CPU. See layer.h.
 //
 // A result is the same bits whatever thread or batch computes it.
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 
 #include "layer.h"
@@ -16,61 +15,7 @@ constexpr int64_t kRows = 24;            // queries of a tile: a multiple of the
 constexpr int64_t kKeys = 256;           // keys of a step: their scores stay in the first cache
 constexpr int64_t kStride = kKeys + 16;  // rows of scores do not lie a page apart
 constexpr int64_t kScratch = 32 << 20;   // bytes of packed keys and values at a time, if one head needs no more
-constexpr int64_t kAhead = 12;           // rows of a projection that are fetched before they are needed
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
-// A row's `bytes`, kAhead rows after x: the processor does not see strides beyond a page.
-INLINE void fetch(const char* x, int64_t stride, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + kAhead * stride + i);
-}
-
-struct Rotation {
-    const float *cos, *sin;  // of the first row; null: none
-    bool interleaved, rounded;
-};
-
-// to [rows][dim] contiguous = x rotated.
-template <bool Bf16>
-INLINE void rotate(const char* x, int64_t stride, int64_t rows, int64_t dim, const Rotation& with, char* to) {
-    constexpr int64_t S = Bf16 ? 2 : 4;
-    const int64_t half = dim / 2;
-    for (int64_t r = 0; r < rows; ++r, x += stride, to += dim * S) {
-        fetch(x, stride, dim * S);
-        if (!with.cos) {
-            memcpy(to, x, dim * S);
-            continue;
-        }
-        const bool rounded = Bf16 && with.rounded;
-        for (int64_t i = 0; i < half; i += 16) {
-            const int64_t n = std::min<int64_t>(16, half - i);
-            v16 c = get(reinterpret_cast<const char*>(with.cos + r * half + i), false, n);
-            v16 s = get(reinterpret_cast<const char*>(with.sin + r * half + i), false, n);
-            v16 a, b;
-            if (with.interleaved) {
-                const v16 e = get(x + 2 * i * S, Bf16, 2 * n), o = n > 8 ? get(x + (2 * i + 16) * S, Bf16, 2 * n - 16) : (v16){};
-                a = SHUFFLE(e, o, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-                b = SHUFFLE(e, o, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-            } else {
-                a = get(x + i * S, Bf16, n), b = get(x + (half + i) * S, Bf16, n);
-            }
-            v16 p, q;
-            if (rounded) {
-                c = wide(narrow(c)), s = wide(narrow(s));
-                p = wide(narrow(a * c)) - wide(narrow(b * s)), q = wide(narrow(b * c)) + wide(narrow(a * s));
-            } else {
-                p = a * c - b * s, q = b * c + a * s;
-            }
-            if (with.interleaved) {
-                const v16 e = SHUFFLE(p, q, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-                const v16 o = SHUFFLE(p, q, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-                put(to + 2 * i * S, Bf16, e, 2 * n);
-                if (n > 8) put(to + (2 * i + 16) * S, Bf16, o, 2 * n - 16);
-            } else {
-                put(to + i * S, Bf16, p, n), put(to + (half + i) * S, Bf16, q, n);
-            }
-        }
-    }
-}
 
 // panels[column / 64][key][column % 64] = v, for bf16 words of two keys; zeros for keys from n to `all`, and up to a
 // multiple of 16 columns. `words` are those of a whole panel.
@@ -219,17 +164,6 @@ INLINE void add_scaled(float* x, float by, const float* more, int64_t n) {
     }                                                                                                                 \
     FUSED target void add_scaled##level(float* x, float by, const float* more, int64_t n) {                           \
         add_scaled(x, by, more, n);                                                                                   \
-    }                                                                                                                 \
-    FUSED target void norm_row##level(const NormRows& n, const char* x, int64_t row, float* wide_row) {               \
-        if (n.x_bf16 && n.out_bf16) norm_row<true, true>(n, x, row, wide_row);                                        \
-        else if (n.x_bf16) norm_row<true, false>(n, x, row, wide_row);                                                \
-        else if (n.out_bf16) norm_row<false, true>(n, x, row, wide_row);                                              \
-        else norm_row<false, false>(n, x, row, wide_row);                                                             \
-    }                                                                                                                 \
-    FUSED target void act_row##level(const char* x, const char* other, char* out, int64_t n, int which, bool bf16) {  \
-        if (which == kSwiglu) bf16 ? act_row<kSwiglu, true>(x, other, out, n) : act_row<kSwiglu, false>(x, other, out, n);\
-        else if (which == kGeluTanh) bf16 ? act_row<kGeluTanh, true>(x, x, out, n) : act_row<kGeluTanh, false>(x, x, out, n);\
-        else bf16 ? act_row<kRelu2, true>(x, x, out, n) : act_row<kRelu2, false>(x, x, out, n);                       \
     }
 
 FUSED PRODUCT(product_fp32, ACROSS((tile<v4, u4, false, 2, 4>), 2, 16))
@@ -248,7 +182,6 @@ BF16 PRODUCT(product_bf16_dot, BY_WIDTH((tile_dot<12, 1>), (tile_dot<12, 2>), (t
 #endif
 
 struct Kernels {
-    int level;
     decltype(&product_fp32) product[2];  // of fp32, of bf16; and so on
     decltype(&rotate_fp32_v1) rotate[2];
     decltype(&pack_v1) pack;
@@ -256,33 +189,25 @@ struct Kernels {
     decltype(&soften_fp32_v1) soften[2];
     decltype(&finish_v1) finish;
     decltype(&add_scaled_v1) add_scaled;
-    decltype(&norm_row_v1) norm_row;
-    decltype(&act_row_v1) act_row;
 };
-#define KERNELS(number, level)                                                                                        \
-    {number,       {product_fp32, product_bf16},           {rotate_fp32##level, rotate_bf16##level},                  \
+#define KERNELS(level)                                                                                                \
+    {{product_fp32, product_bf16},           {rotate_fp32##level, rotate_bf16##level},                                \
      pack##level,  {values_fp32##level, values_bf16##level}, {soften_fp32##level, soften_bf16##level},                \
-     finish##level, add_scaled##level, norm_row##level, act_row##level}
+     finish##level, add_scaled##level}
 
-// LOOPMDM_CPU_LEVEL, for tests: the best that may be taken.
 Kernels choose() {
-    Kernels k = KERNELS(1, _v1);
-    const char* most = std::getenv("LOOPMDM_CPU_LEVEL");
-    const int level = most ? std::atoi(most) : 5;
+    Kernels k = KERNELS(_v1);
 #ifdef LOOPMDM_X86
-    __builtin_cpu_init();
-    if (level >= 3 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        k = KERNELS(3, _v3);
+    const int level = best_level();
+    if (level >= 3) {
+        k = KERNELS(_v3);
         k.product[0] = product_fp32_v3, k.product[1] = product_bf16_v3;
     }
-    if (level >= 4 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        k = KERNELS(4, _v4);
-        k.product[0] = product_fp32_v4, k.product[1] = product_bf16_v4;
-        if (level >= 5 && __builtin_cpu_supports("avx512bf16")) k.level = 5, k.product[1] = product_bf16_dot;
+    if (level >= 4) {
+        k = KERNELS(_v4);
+        k.product[0] = product_fp32_v4, k.product[1] = level >= 5 ? product_bf16_dot : product_bf16_v4;
     }
 #endif
-    (void)level;
     return k;
 }
 const Kernels kernels = choose();
@@ -303,7 +228,7 @@ void pack_keys(const RotaryAttention& a, const Packed& p, int64_t b, int64_t g, 
     char* rows = rotated.get<char>(kPanel * a.dim * p.size);
     const char* k = as<const char>(a.k) + (b * a.k_at[0] + first * a.k_at[1] + g * a.k_at[2]) * p.size;
     const Rotation with{a.cos ? as<const float>(a.cos) + table : nullptr, a.cos ? as<const float>(a.sin) + table : nullptr,
-                        a.interleaved, a.rounded};
+                        a.dim / 2, a.interleaved, a.rounded, false};
     kernels.rotate[a.is_bf16](k, a.k_at[1] * p.size, n, a.dim, with, rows);
     kernels.pack(rows, n, a.dim * p.size, to + first * (a.dim * p.size / 4));
     const char* v = as<const char>(a.v) + (b * a.v_at[0] + first * a.v_at[1] + g * a.v_at[2]) * p.size;
@@ -320,7 +245,7 @@ void attend(const RotaryAttention& a, const Packed& p, int64_t b, int64_t h, int
     char* q = reinterpret_cast<char*>(more + kRows * dim);
     const int64_t table = b * a.q_rope_batch + first * (a.dim / 2);
     const Rotation with{a.q_cos ? as<const float>(a.q_cos) + table : nullptr,
-                        a.q_cos ? as<const float>(a.q_sin) + table : nullptr, a.interleaved, a.rounded};
+                        a.q_cos ? as<const float>(a.q_sin) + table : nullptr, a.dim / 2, a.interleaved, a.rounded, false};
     const char* x = as<const char>(a.q) + (b * a.q_at[0] + first * a.q_at[1] + h * a.q_at[2]) * p.size;
     kernels.rotate[is](x, a.q_at[1] * p.size, rows, a.dim, with, q);
     const float scale = 1.44269504f / std::sqrt(static_cast<float>(a.dim));
@@ -352,7 +277,7 @@ void attend(const RotaryAttention& a, const Packed& p, int64_t b, int64_t h, int
 
 }  // namespace
 
-int cpu_level() { return kernels.level; }
+int cpu_level() { return best_level(); }
 
 void rotary_attention_cpu(const RotaryAttention& a, int threads) {
     thread_local Buffer packed;
@@ -391,30 +316,6 @@ void rotary_attention_cpu(const RotaryAttention& a, int threads) {
         });
     }
     packed.trim();
-}
-
-void residual_norm_cpu(const NormRows& n, int threads) {
-    const int64_t rows = n.outer * n.inner, workers = worth(rows * n.dim * 16, threads);
-    const int64_t each = std::max<int64_t>(1, rows / (4 * workers));
-    parallel((rows + each - 1) / each, workers, [&](int64_t task) {
-        thread_local Buffer buffer;
-        float* wide_row = buffer.get<float>(up(n.dim, 16));
-        for (int64_t r = task * each; r < std::min(rows, (task + 1) * each); ++r) {
-            const int64_t from = r / n.inner * n.outer_stride + r % n.inner * n.inner_stride;
-            kernels.norm_row(n, as<const char>(n.x) + from * (n.x_bf16 ? 2 : 4), r, wide_row);
-        }
-    });
-}
-
-void activation_cpu(uintptr_t x, uintptr_t other, uintptr_t out, int64_t rows, int64_t cols, int64_t stride,
-                    int64_t up_stride, int act, bool is_bf16, int threads) {
-    const int64_t size = is_bf16 ? 2 : 4, workers = worth(rows * cols * 16, threads);
-    const int64_t each = std::max<int64_t>(1, rows / (4 * workers));
-    parallel((rows + each - 1) / each, workers, [&](int64_t task) {
-        for (int64_t r = task * each; r < std::min(rows, (task + 1) * each); ++r)
-            kernels.act_row(as<const char>(x) + r * stride * size, as<const char>(other) + r * up_stride * size,
-                            as<char>(out) + r * cols * size, cols, act, is_bf16);
-    });
 }
 
 }  // namespace loopmdm

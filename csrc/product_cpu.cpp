@@ -127,7 +127,7 @@ struct Pass {
 
     NormRows norm_of(bool mlp, int64_t rows, char* out) const {
         const LayerVisit& v = visit;
-        return {0, 0, mlp ? v.mlp_gain : v.attn_gain, mlp ? v.mlp_bias : v.attn_bias, 0, reinterpret_cast<uintptr_t>(out), 1,
+        return {0, 0, mlp ? v.mlp_gain : v.attn_gain, mlp ? v.mlp_bias : v.attn_bias, 0, reinterpret_cast<uintptr_t>(out), 0, 1,
                 rows, w.dim, 0, 0, w.eps, w.centre, false, false, mlp ? v.mlp_gain_bf16 : v.attn_gain_bf16,
                 mlp ? v.mlp_bias_bf16 : v.attn_bias_bf16, true};
     }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -108,6 +109,23 @@ INLINE void pack(const char* w, int64_t cols, int64_t bytes, uint32_t* panel) {
 #define V4 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define BF16 __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #endif
+
+// The best instructions that are here and that LOOPMDM_CPU_LEVEL, which is for tests, allows: 1 plain, 3 AVX2, 4 AVX-512,
+// 5 its bf16 products as well.
+inline int best_level() {
+#ifdef LOOPMDM_X86
+    const char* most = std::getenv("LOOPMDM_CPU_LEVEL");
+    const int level = most ? std::atoi(most) : 5;
+    __builtin_cpu_init();
+    if (level < 3 || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 1;
+    if (level < 4 || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return 3;
+    return level >= 5 && __builtin_cpu_supports("avx512bf16") ? 5 : 4;
+#else
+    return 1;
+#endif
+}
 
 // out[r][c] = x[r] . panel[.][c] for R rows and C vectors of columns: one lane a logit, the depth in rising order. From 16
 // columns to the next 16 out has `apart` numbers. With Ahead, R rows' bytes from `next` are fetched meanwhile.

@@ -101,12 +101,80 @@ def test_errors_say_what_to_do() -> None:
         activation(torch.ones(2, 4, dtype=torch.int64), "gelu")
 
 
+@pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=built)])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("width", [1, 15, 16, 67])
+def test_gradients_against_float64(width: int, act: str, impl: str) -> None:
+    if impl == "cpp" and act not in CPP:
+        pytest.skip("torch's own")
+    rng = torch.Generator().manual_seed(width)
+    for dtype, limit in ((FP32, 2e-6), (BF16, 8e-3)):
+        x, up, grad = (torch.randn(9, 3, width, generator=rng).mul(5).to(dtype) for _ in range(3))
+        x[0, 0, 0], x[1, 0, 0], x[2, 0, 0] = -200.0, 200.0, 0.0
+        leaves = [t.double().requires_grad_() for t in ((x, up) if act == "swiglu" else (x,))]
+        want = torch.autograd.grad(truth(leaves[0], act, leaves[-1]), leaves, grad.double())
+        x, up = x.requires_grad_(), up.requires_grad_()
+        both = torch.cat((x, up), -1).detach().requires_grad_()
+        # a gradient that is not contiguous
+        grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
+        if act == "swiglu":
+            ways = [torch.autograd.grad(activation(x, act, up, impl=impl), (x, up), grad)]
+            ways.append(torch.autograd.grad(activation(both, act, impl=impl), both, grad)[0].chunk(2, -1))
+        else:
+            ways = [torch.autograd.grad(activation(x, act, impl=impl), x, grad)]
+        for way in ways:
+            for a, b in zip(way, want, strict=True):
+                assert a.dtype == dtype and a.shape == b.shape
+                assert float((a.double() - b).abs().max() / b.abs().max()) < limit
+
+
 @built
-def test_gradients_are_torchs() -> None:
-    x = torch.randn(4, 8, requires_grad=True)
-    activation(x, "swiglu").sum().backward()
-    assert x.grad is not None
-    with pytest.raises(InputError, match="no backward"):
-        activation(x, "swiglu", impl="cpp")
+def test_far_out_gradients_are_flat() -> None:
+    x = torch.tensor([-3e38, -1e19, -1e13, -50.0, 50.0, 1e13, 1e19], requires_grad=True)
+    for act in ("swiglu", "gelu_tanh"):
+        up = torch.ones(7) if act == "swiglu" else None
+        (dx,) = torch.autograd.grad(activation(x, act, up, impl="cpp").sum(), x)
+        torch.testing.assert_close(dx, torch.tensor([0.0] * 4 + [1.0] * 3), rtol=1e-6, atol=1e-6)
+
+
+@built
+def test_cpp_gradients_can_be_differentiated_and_batched() -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    made = []
+    for impl in ("cpp", "torch"):
+        leaf = x.clone().requires_grad_()
+        out = activation(leaf, "swiglu", impl=impl)
+        (first,) = torch.autograd.grad(out.pow(2).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(3).sum(), leaf, retain_graph=True)
+        rows = torch.eye(16).view(16, 4, 4)
+        (batched,) = torch.autograd.grad(out, leaf, rows, is_grads_batched=True)
+        made.append((first, second, batched))
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@built
+def test_cpp_gradients_of_gradients_where_up_comes_from_x() -> None:
+    made = []
+    for impl in ("cpp", "torch"):
+        leaf = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = activation(leaf, "swiglu", leaf * 2, impl=impl)
+        (first,) = torch.autograd.grad(out.pow(2).sum(), leaf, create_graph=True)
+        made.append((first, *torch.autograd.grad(first.pow(3).sum(), leaf)))
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@built
+def test_cpp_gives_the_gradients_that_are_wanted() -> None:
+    x, up = torch.randn(4, 8), torch.randn(4, 8)
+    for wanted in ((x,), (up,), (x, up)):
+        leaves = [t.detach().requires_grad_(any(t is w for w in wanted)) for t in (x, up)]
+        activation(leaves[0], "swiglu", leaves[1], impl="cpp").sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == [any(t is w for w in wanted) for t in (x, up)]
+
+
+@built
+def test_cpp_has_no_gelu() -> None:
     with pytest.raises(InputError, match="it has no gelu"):
-        activation(x.detach(), "gelu", impl="cpp")
+        activation(torch.randn(4, 8), "gelu", impl="cpp")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from loopmdm.kernels import tuned
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from loopmdm.errors import InputError
 from loopmdm.ops import contract
@@ -138,6 +139,29 @@ def test_a_wrong_kernel_is_switched_off_with_one_warning(table: Callable[..., No
     assert len(caught) == 1
     assert ran.count("cpp") == 1, "the self-check was not remembered"
     assert "doubled: cpp" in op.choose("auto", CPU, FP32).why
+
+
+@pytest.mark.skipif(contract.extension() is None, reason="loopmdm._C is not built")
+@pytest.mark.parametrize("around", ["inference mode", "autocast", "checkpoint"])
+def test_the_self_check_does_not_mind_where_it_runs(around: str) -> None:
+    op, found = contract.all_ops()["residual_norm"], []
+
+    def first_use(x: Tensor) -> Tensor:
+        tuned.forget()
+        found.append(op.verify("cpp", CPU, FP32))
+        return x * x
+
+    x = torch.ones(3, requires_grad=True)
+    if around == "inference mode":
+        with torch.inference_mode():
+            first_use(x)
+    elif around == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            first_use(x)
+    else:  # it counts the tensors that are saved for backward
+        checkpoint(first_use, x, use_reentrant=False).sum().backward()
+    assert found and found == [None] * len(found)
+    tuned.forget()
 
 
 @pytest.mark.usefixtures("built")

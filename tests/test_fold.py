@@ -7,7 +7,7 @@ from loopmdm.model.block import Block, Context
 from loopmdm.model.fold import fold
 from loopmdm.ops.linear_residual import linear_residual, square_sums
 from loopmdm.ops.norm_linear import Heads, norm_linear
-from loopmdm.ops.rotary_attention import rope_table
+from loopmdm.ops.rotate import rope_table
 
 from .helpers import randomize_, tiny
 

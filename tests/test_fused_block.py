@@ -8,7 +8,7 @@ from loopmdm.model import fused_layers as module
 from loopmdm.model.block import Context
 from loopmdm.model.depth import Depth, RelativeChange
 from loopmdm.model.loop import LoopedBlock
-from loopmdm.ops.rotary_attention import rope_table
+from loopmdm.ops.rotate import rope_table
 from loopmdm.ops.spans import spans_of
 
 from .helpers import ids, live, tiny

@@ -18,7 +18,7 @@ from loopmdm.model.packed import Recast
 from loopmdm.ops import layer as ops_layer
 from loopmdm.ops import native
 from loopmdm.ops.layer import OP, Around, Form, PackedLayer, Visit, Weights, layer, through
-from loopmdm.ops.rotary_attention import rope_table, rotate
+from loopmdm.ops.rotate import rope_table, rotate
 
 BF16, FP32, F64 = torch.bfloat16, torch.float32, torch.float64
 runs = pytest.mark.skipif(not native.multiplies_bf16(), reason="this CPU or build has no bf16 products of its own")

@@ -10,7 +10,7 @@ from loopmdm.errors import InputError
 from loopmdm.model.block import Block, Context
 from loopmdm.model.denoiser import Denoiser, logits_at
 from loopmdm.model.lm import LoopMDM
-from loopmdm.ops.rotary_attention import rope_table, rotate
+from loopmdm.ops.rotate import rope_table, rotate
 
 from .helpers import BACKBONES, assert_live, ids, live, randomize_, tiny
 

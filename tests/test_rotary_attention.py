@@ -14,7 +14,8 @@ from torch import Tensor
 
 from loopmdm.errors import InputError
 from loopmdm.ops.contract import extension
-from loopmdm.ops.rotary_attention import OP, rope_table, rotary_attention, rotate
+from loopmdm.ops.rotary_attention import OP, rotary_attention
+from loopmdm.ops.rotate import rope_table, rotate
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 built = pytest.mark.skipif(extension() is None, reason="loopmdm._C is not built")
@@ -129,7 +130,7 @@ def test_same_bits_whatever_else_is_computed(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_rotates_to_the_same_bits_as_torch(dtype: torch.dtype, layout: str, rope_dtype: str, dim: int) -> None:
     p = problem(1, 70, 1, 1, dim, dtype)
-    turned = {name: rotate(p[name], p["rope"], layout, rope_dtype) for name in "qk"}
+    turned = {name: rotate(p[name], p["rope"], layout, rope_dtype, impl="torch") for name in "qk"}
     got = rotary_attention(**p, layout=layout, rope_dtype=rope_dtype, impl="cpp")
     assert torch.equal(got, rotary_attention(**turned, v=p["v"], impl="cpp"))
 
@@ -151,7 +152,7 @@ def test_every_level(level: int) -> None:
     code = (
         "import torch; from loopmdm.ops.contract import all_ops, extension\n"
         f"assert extension().cpu_level() <= {level}\n"
-        "for name in ('rotary_attention', 'residual_norm', 'activation'):\n"
+        "for name in ('rotary_attention', 'rotate', 'residual_norm', 'activation'):\n"
         "    op = all_ops()[name]\n"
         "    for dtype in (torch.float32, torch.bfloat16):\n"
         "        gap = op.deviation('cpp', torch.device('cpu'), dtype)\n"
@@ -177,6 +178,23 @@ def test_a_long_call_keeps_no_memory() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("batch, tokens, heads, groups, dim", [(2, 9, 4, 2, 8), (1, 33, 2, 2, 50), (3, 5, 1, 1, 32)])
+def test_gradients_against_float64(batch: int, tokens: int, heads: int, groups: int, dim: int, layout: str) -> None:
+    p = problem(batch, tokens, heads, groups, dim)
+    mask = torch.rand(batch, 1, tokens, tokens, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask[..., 0] = True
+    leaves = {n: p[n].detach().requires_grad_() for n in "qkv"}
+    wide = {n: p[n].detach().double().requires_grad_() for n in "qkv"}
+    out = rotary_attention(**p | leaves, mask=mask, layout=layout)
+    true = truth(**p | wide, mask=mask, layout=layout)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    assert error(out.detach(), true.detach()) < 1e-6
+    found = torch.autograd.grad(out, list(leaves.values()), grad)
+    for got, want in zip(found, torch.autograd.grad(true, list(wide.values()), grad.double()), strict=True):
+        assert error(got, want) < 2e-6
 
 
 @built

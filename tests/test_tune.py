@@ -199,6 +199,30 @@ def test_gradients_count(place, clock):
     assert measured(scaled(clock, costs)).best.impl == "cpp"
 
 
+def test_a_size_may_be_of_training_or_inference_alone(place, clock):
+    place()
+    costs = {"torch": 1.0, "cpp": lambda _, grad: 1.5 if grad else 0.1, "cuda": 0.8}
+    op = scaled(clock, costs, grads=("x",))
+    assert measured(op, training=0).best.impl == "cpp"
+    trained = measured(op, rows=16, training=1)
+    assert trained.best.impl == "cuda" and trained.row.upto == {"rows": 16, "training": 1}
+
+
+def test_a_problem_is_drawn_once_and_keeps_its_strides():
+    drawn = []
+
+    def make(device, dtype, rng):
+        drawn.append(torch.randn(3, 4, 5, generator=rng))
+        return {"x": drawn[0][:, 1:3], "tables": (drawn[0], None), "eps": 0.5}
+
+    example = tune._drawn_once(make)
+    one, two = (example(CPU, FP32, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert len(drawn) == 1 and one["eps"] == 0.5 and one["tables"][1] is None
+    for a, b in ((one["x"], two["x"]), (one["tables"][0], two["tables"][0])):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+    assert one["x"].stride() == (20, 5, 1)
+
+
 def test_a_refused_problem_is_no_failure(place, clock):
     place()
     op = scaled(clock, {"torch": 1.0, "cpp": 0.1, "cuda": 0.5})
@@ -262,7 +286,8 @@ def test_problems_have_the_size_that_they_are_asked_for(name):
     all_sizes = [size for sizes in op.sizes.values() for size in sizes]
     smallest = min(all_sizes, key=lambda size: (-len(size), math.prod(size.values())))
     for make, dtype in itertools.product(op.problems, op.dtypes):
-        kwargs = make(CPU, dtype, torch.Generator().manual_seed(0), **smallest)
+        numbers = {bound: value for bound, value in smallest.items() if bound != "training"}
+        kwargs = make(CPU, dtype, torch.Generator().manual_seed(0), **numbers)
         with op.pinned(Choice("torch")) as pin, torch.no_grad():
             op.call(**kwargs, impl="auto")
         asked, size = pin.asked[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
-SOURCES = ("head", "layer", "product", "unmask")
+SOURCES = ("head", "layer", "product", "rows", "unmask")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="as built on Linux")
 
 

@@ -24,7 +24,8 @@ from ..ops.activation import activation
 from ..ops.layer import Around, Form, PackedLayer, Visit, through
 from ..ops.linear import plain, project
 from ..ops.residual_norm import residual_norm
-from ..ops.rotary_attention import rope_table, rotary_attention, rotate
+from ..ops.rotary_attention import rotary_attention
+from ..ops.rotate import rope_table, rotate
 from .passes import current
 
 Rope = tuple[Tensor, Tensor]

@@ -191,11 +191,10 @@ class _Variant:
                 return reason
         try:
             with op.pinned(Choice(arm.impl, arm.config)):
-                training = arm.impl not in op.forward_only
-                got = op.run(self.example, arm.impl, self.device, self.dtype, training=training)
+                got = op.run(self.example, arm.impl, self.device, self.dtype)
         except Exception as error:  # a tile that does not fit is a finding, not the end
             return f"failed: {_line(error)}"
-        for a, b in zip(got, self.want if training else self.want[: len(got)], strict=True):
+        for a, b in zip(got, self.want, strict=True):
             # a 16-bit result of a 32-bit problem is rounded as 16-bit results are
             gap, allowed = relative(a, b), max(op.tolerance.get(kind, 0.0) for kind in (self.dtype, b.dtype))
             if not gap <= allowed:
@@ -204,9 +203,6 @@ class _Variant:
 
     def time(self, arms: list[Arm], rounds: int, seconds: float) -> None:
         """Interleaved rounds; each arm keeps the numbers of the variant in which it gains least."""
-        arms = [arm for arm in arms if not (self.training and arm.impl in self.op.forward_only)]
-        if not arms:
-            return
         problems, on_cpu = self._problems(), self.device.type == "cpu"
         clock = _Clock(self.device, lambda impl: self._call(problems, impl), seconds)
         base = Arm("torch")
@@ -267,10 +263,13 @@ class _Variant:
 
 
 def _variants(op: Op, device: torch.device, dtype: torch.dtype, size: Mapping[str, int]) -> Iterable[_Variant]:
+    size = dict(size)
+    trained = size.pop("training", None)
+    ways = (False, True)[: 1 + bool(op.grads)] if trained is None else (bool(trained),)
     for make in op.problems:
         example = _drawn_once(partial(make, **size))
         want = op.run(example, "torch", device, dtype)
-        for training in (False, True)[: 1 + bool(op.grads)]:
+        for training in ways:
             name = getattr(make, "__name__", "problem").strip("_") + (", training" if training else "")
             yield _Variant(op, device, dtype, name, example, training, want)
 
@@ -285,9 +284,18 @@ def _drawn_once(make: Example) -> Example:
             made.update(make(device, dtype, rng))
             state.append(rng.get_state())
         rng.set_state(state[0])
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in made.items()}
+        return {name: _again(value) for name, value in made.items()}
 
     return example
+
+
+def _again(value: Any) -> Any:
+    """The same numbers in memory of their own, as far apart as they were."""
+    if isinstance(value, tuple):
+        return tuple(map(_again, value))
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 class _Clock:

@@ -18,7 +18,8 @@ from ..config import ModelConfig
 from ..ops.activation import activation
 from ..ops.linear import project
 from ..ops.residual_norm import residual_norm
-from ..ops.rotary_attention import rotary_attention, rotate
+from ..ops.rotary_attention import rotary_attention
+from ..ops.rotate import rotate
 
 
 class Context(NamedTuple):

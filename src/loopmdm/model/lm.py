@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, preset
 from ..errors import InputError
-from ..ops.rotary_attention import rope_table
+from ..ops.rotate import rope_table
 from .block import Block, Context, Norm, modulate, through
 from .checkpoint import Checkpoint
 from .denoiser import check_mask, document_numbers, few, spread, starts, suppress

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..ops.residual_norm import residual_norm
-from ..ops.rotary_attention import rope_table
+from ..ops.rotate import rope_table
 from .block import Block, Context, through
 from .depth import Depth, apart, planned, stops
 

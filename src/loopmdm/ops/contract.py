@@ -113,7 +113,7 @@ class Op:
             all of them, so the one that gains least decides.
         sizes: for "cpu" and "cuda" the sizes that it times, smallest first, each the bounds of a row; a name that is
             left out is unbounded, and `problems` take something large for it. None for a device: not timed there.
-        forward_only: the impls that have no backward though the op has: compared and timed without gradients.
+            "training" is no number of a problem: 0 is timed without gradients, 1 with them, a size without it both.
     """
 
     name: str
@@ -127,7 +127,6 @@ class Op:
     refuses: Callable[..., str | None] | None = None
     problems: tuple[Callable[..., dict[str, Any]], ...] = ()
     sizes: Mapping[str, tuple[Mapping[str, int], ...]] = field(default_factory=dict)
-    forward_only: tuple[str, ...] = ()
     _pins: list[Pin] = field(default_factory=list, init=False, repr=False)
     _decided: dict[Any, Choice] = field(default_factory=tuned.forgotten_dict, init=False, repr=False)
 
@@ -220,13 +219,12 @@ class Op:
     def deviation(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> float:
         """Largest max|a-b|/max|b| over outputs and gradients of `impl` against torch on the examples."""
         taken = self.taken(impl, device, dtype)
-        training = impl not in self.forward_only
-        got, want = (self._results(taken, which, device, dtype, seed, training) for which in (impl, "torch"))
+        got, want = (self._results(taken, which, device, dtype, seed) for which in (impl, "torch"))
         return max((relative(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
 
     def results(self, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
         """Outputs and gradients of every example that `impl` takes."""
-        return self._results(self.taken(impl, device, dtype), impl, device, dtype, seed, impl not in self.forward_only)
+        return self._results(self.taken(impl, device, dtype), impl, device, dtype, seed)
 
     def _results(
         self,
@@ -235,25 +233,18 @@ class Op:
         device: torch.device,
         dtype: torch.dtype,
         seed: int,
-        training: bool,
     ) -> list[torch.Tensor]:
-        return [t for example in examples for t in self.run(example, impl, device, dtype, seed, training)]
+        return [t for example in examples for t in self.run(example, impl, device, dtype, seed)]
 
     def run(
-        self,
-        example: Example,
-        impl: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int = 0,
-        training: bool = True,
+        self, example: Example, impl: str, device: torch.device, dtype: torch.dtype, seed: int = 0
     ) -> list[torch.Tensor]:
-        """Outputs and, with `training`, gradients of one problem."""
+        """Outputs and gradients of one problem."""
         rng = torch.Generator(device="cpu").manual_seed(seed)
         kwargs = example(device, dtype, rng)
         leaves = []
         with torch.enable_grad():
-            for name in self.grads if training else ():
+            for name in self.grads:
                 if kwargs.get(name) is None:
                     continue
                 kwargs[name] = kwargs[name].detach().requires_grad_()
@@ -294,10 +285,20 @@ def _verify(
     op: Op, impl: str, device_type: str, index: int | None, dtype: torch.dtype, config: tuple[tuple[str, int], ...]
 ) -> str | None:
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    alone = (
+        ExitStack()
+    )  # from what surrounds the first call: inference mode, autocast, a checkpoint that counts tensors
+    alone.enter_context(torch.inference_mode(False))
+    alone.enter_context(torch.autocast(device_type, enabled=False))
+    alone.enter_context(torch.autograd.graph.saved_tensors_hooks(kept, kept))
     try:
         if not op.taken(impl, device, dtype):
             return f"{op.name}: {impl} takes no example in {dtype}, so nothing would check it"
-        with op.pinned(Choice(impl, dict(config))):
+        with alone, op.pinned(Choice(impl, dict(config))):
             gap = op.deviation(impl, device, dtype)
     except Exception as error:  # a launch error must cost speed, never the user's run
         reason = f"{op.name}: {impl} failed its self-check ({type(error).__name__}: {error})"

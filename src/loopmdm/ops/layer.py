@@ -16,7 +16,8 @@ from .activation import CPP, activation
 from .contract import Op, extension
 from .linear import Panels, pack, unhooked
 from .residual_norm import residual_norm
-from .rotary_attention import Between, Rope, rope_table, rotary_attention
+from .rotary_attention import Between, Rope, rotary_attention
+from .rotate import rope_table
 
 
 class Form(NamedTuple):
@@ -26,7 +27,7 @@ class Form(NamedTuple):
         heads, groups, head_dim: query heads, key/value heads, their width.
         activation: as `ops.activation`'s act.
         norm, eps: as `ops.residual_norm`'s kind and eps.
-        layout, rope_dtype: as for `ops.rotary_attention.rotate`.
+        layout, rope_dtype: as for `ops.rotate.rotate`.
     """
 
     heads: int

@@ -227,7 +227,7 @@ def _refuses(
         return "this processor has no bf16 product"
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype:
         return "autocast is on, which would give it another dtype"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if native.differentiating(x, weight, bias):
         return "it has no backward; use impl='torch' or torch.no_grad()"
     if native.forward_gradients():
         return "it has no forward-mode gradient; use impl='torch'"

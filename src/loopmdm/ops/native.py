@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,11 +54,16 @@ def forward_gradients() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def watched(*tensors: Tensor | None) -> str | None:
-    """Why only torch's own operations will do, or None: gradients, or a tracer, transform, mode or subclass."""
+def differentiating(*tensors: Tensor | None) -> bool:
+    """Whether torch records what is done with these tensors."""
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
+def watched(*tensors: Tensor | None, trains: bool = False) -> str | None:
+    """Why only torch's operations will do, or None: a tracer, transform, mode, subclass; gradients unless `trains`."""
     if torch.compiler.is_compiling():
         return "torch.compile must see its operations; use impl='torch'"
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+    if not trains and differentiating(*tensors):
         return "it has no backward; use impl='torch' or torch.no_grad()"
     if forward_gradients():
         return "it has no forward-mode gradient; use impl='torch'"
@@ -67,3 +74,39 @@ def watched(*tensors: Tensor | None) -> str | None:
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return "a dispatch mode or a tracer must see its operations; use impl='torch'"
     return None
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, copied where they are not contiguous."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def torch_must_see(*grads: Tensor | None) -> bool:
+    """In a backward: whether gradients must be made of torch's operations, to be differentiated or made in batches."""
+    batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
+    batch = any([g is not None and batched(g) for g in grads])
+    return torch.is_grad_enabled() or batch or watched(*grads) is not None
+
+
+def gradients_by_torch(
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...] | None:
+    """In a backward, the gradients in `inputs` of `reference(*inputs)`, or None where C++ may make them."""
+    if not torch_must_see(*grads):
+        return None
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # each a place of its own in the graph: one may come from another, and their own graph is still wanted
+        given = [
+            None if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
+            for t in inputs
+        ]
+        made = reference(*given)
+        outputs = made if isinstance(made, tuple) else (made,)
+        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        wanted = [t for t, need in zip(given, needed, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=again))
+    return tuple(next(found) if need and t is not None else None for t, need in zip(given, needed, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ def residual_norm(
         normed = norm(summed) * weight + bias
 
     The sum is formed in fp32 and stored in x's dtype; the statistics are fp32 and those of the *stored* sum.
-    float64 inputs are computed in float64 (torch implementation only). Differentiable once, through both
-    outputs, in x, branch, weight and bias.
+    float64 inputs are computed in float64 (torch implementation only). Differentiable through both outputs in x,
+    branch, weight and bias ("triton" once); the backward reads summed, which must not be changed before it.
 
     Args:
         x: residual stream [..., D], any floating dtype, often float32.
@@ -47,7 +48,7 @@ def residual_norm(
         eps: added to the mean square or variance, in their unit (that of s squared).
         out_dtype: dtype of normed; x's by default.
         impl: "auto", "torch", "triton" (bfloat16, float16, float32; D up to 4096) or "cpp" (CPU; bfloat16 and float32
-            in any mixture, no gradients).
+            in any mixture).
 
     Returns:
         summed [..., D] in x's dtype (x itself where branch is None) and normed [..., D] in out_dtype.
@@ -58,13 +59,17 @@ def residual_norm(
     out_dtype = out_dtype or x.dtype
     _check(x, branch, weight, bias, kind, eps, out_dtype)
     dim = x.shape[-1]
-    size = {"rows": x.numel() // dim, "dim": dim, "level_below_4": native.level_below_4()}
+    training = native.differentiating(x, branch, weight, bias)
+    size = {"rows": x.numel() // dim, "dim": dim, "training": int(training), "level_below_4": native.level_below_4()}
 
     def refuses(which: str) -> str | None:
         return _refuses(which, x, branch, weight, bias, out_dtype=out_dtype)
 
     choice = OP.choose(impl, x.device, x.dtype, refuses, **size)
     if choice.impl == "cpp":
+        if training:
+            summed, normed = _Native.apply(x, branch, weight, bias, kind, eps, out_dtype)  # type: ignore[no-untyped-call]
+            return (x if branch is None else summed), normed
         return _cpp(x, branch, weight, bias, kind == "layernorm", eps, out_dtype)
     if choice.impl == "triton":
         reason = _not_fused(x, branch, weight, bias)
@@ -128,7 +133,7 @@ def _refuses(
         return f"out_dtype is {out_dtype}, it gives bfloat16 and float32; use impl='torch'"
     if not x.numel():
         return "x is empty; use impl='torch'"
-    return native.watched(x, branch, weight, bias)
+    return native.watched(x, branch, weight, bias, trains=True)
 
 
 def _cpp(
@@ -139,31 +144,39 @@ def _cpp(
     centre: bool,
     eps: float,
     out_dtype: torch.dtype,
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dim = x.shape[-1]
-    rows = x.numel() // dim
-    at = (1, rows, 0, dim)  # outer and inner rows, and their strides
+    """stats, fp32 [rows, 2], receives what the backward needs."""
     summed = x
     if branch is not None:
         x, branch = x.contiguous(), branch.contiguous()
         summed = torch.empty_like(x)
-    elif not x.is_contiguous():
-        found = _two_strides(x)
-        if found is None:
-            x = x.contiguous()
-        else:
-            at = found
-    weight, bias = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
+    x, at = _rows_of(x)
+    weight, bias = native.contiguous(weight, bias)
     normed = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    tensors = (x, branch, weight, bias, None if branch is None else summed, normed)
     extension().residual_norm_cpu(
-        [0 if t is None else t.data_ptr() for t in tensors],
-        (at[0], at[1], dim, at[2], at[3]),
+        _pointers(x, branch, weight, bias, None if branch is None else summed, normed, stats),
+        at,
         eps,
         (centre, *[t is not None and t.dtype is torch.bfloat16 for t in (x, branch, weight, bias, normed)]),
         torch.get_num_threads(),
     )
     return summed, normed
+
+
+def _pointers(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _rows_of(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """x, copied where two strides cannot say where its rows are; outer and inner rows, D, and the rows' strides."""
+    dim = x.shape[-1]
+    if not x.is_contiguous():
+        found = _two_strides(x)
+        if found is not None:
+            return x, (found[0], found[1], dim, found[2], found[3])
+        x = x.contiguous()
+    return x, (1, x.numel() // dim, dim, 0, dim)
 
 
 def _two_strides(x: Tensor) -> tuple[int, int, int, int] | None:
@@ -212,13 +225,16 @@ def _reference(
     bias = None if bias is None else _to(bias, compute)
     if kind == "layernorm":
         normed = F.layer_norm(wide, dim, weight, bias, eps)
-    elif x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    elif x.is_cpu and torch.is_grad_enabled() and not native.watched():
         normed = _RMSNorm.apply(wide, weight, bias, eps)
     else:
-        normed = F.rms_norm(wide, dim, weight, eps)
-        if bias is not None:
-            normed = normed + bias
+        normed = _rms_norm(wide, weight, bias, eps)
     return summed, _to(normed, out_dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    normed = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return normed if bias is None else normed + bias
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -243,18 +259,76 @@ class _RMSNorm(torch.autograd.Function):
         if bias is not None:
             normed += bias
         ctx.save_for_backward(x, weight, bias, rstd)
+        ctx.eps = eps
         return normed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, bias, rstd = ctx.saved_tensors
+        formula = functools.partial(_rms_norm, eps=ctx.eps)
+        found = native.gradients_by_torch(formula, (x, weight, bias), (grad,), ctx.needs_input_grad[:3])
+        if found is not None:
+            return *found, None
         wanted = [True, weight is not None, bias is not None]
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
             grad, x, x.shape[-1:], torch.zeros_like(rstd), rstd, weight, bias, wanted
         )
         removed = grad.sum(-1, keepdim=True) if weight is None else (grad @ weight).unsqueeze(-1)
         return dx.add_(removed.mul_(rstd).div_(x.shape[-1])), dweight, dbias, None
+
+
+class _Native(torch.autograd.Function):
+    """ "cpp" with its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, branch, weight, bias, kind, eps, out_dtype):  # type: ignore[no-untyped-def]
+        stats = x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32)
+        summed, normed = _cpp(x, branch, weight, bias, kind == "layernorm", eps, out_dtype, stats)
+        ctx.save_for_backward(summed, weight, bias, stats)
+        ctx.kind, ctx.eps, ctx.branch_dtype = kind, eps, None if branch is None else branch.dtype
+        ctx.set_materialize_grads(False)
+        if branch is None:
+            return None, normed
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(summed)
+        return summed, normed
+
+    @staticmethod
+    def backward(ctx, dsummed, dnormed):  # type: ignore[no-untyped-def]
+        summed, weight, bias, stats = ctx.saved_tensors
+        needs, (kind, eps, branch_dtype) = ctx.needs_input_grad, (ctx.kind, ctx.eps, ctx.branch_dtype)
+        rest = (None, None, None)
+        if dnormed is None:
+            dbranch = None if dsummed is None or branch_dtype is None else _to(dsummed, branch_dtype)
+            return dsummed, dbranch, None, None, *rest
+        out_dtype = dnormed.dtype
+        found = native.gradients_by_torch(
+            lambda x, weight, bias: _reference(x, None, weight, bias, kind, eps, out_dtype),
+            (summed, weight, bias),
+            (dsummed, dnormed),
+            (needs[0] or needs[1], needs[2], needs[3]),
+        )
+        if found is not None:
+            dbranch = None if branch_dtype is None or found[0] is None else _to(found[0], branch_dtype)
+            return found[0], dbranch, found[1], found[2], *rest
+        x, at = _rows_of(summed)
+        dsummed, dnormed, weight = native.contiguous(dsummed, dnormed, weight)
+        dx = x.new_empty(x.shape)
+        dbranch = None if branch_dtype in (None, x.dtype) else x.new_empty(x.shape, dtype=branch_dtype)
+        dweight, dbias = (stats.new_empty(at[2]) if need else None for need in needs[2:4])
+        extension().residual_norm_backward_cpu(
+            _pointers(x, weight, stats, dsummed, dnormed, dx, dbranch, dweight, dbias),
+            at,
+            (
+                kind == "layernorm",
+                *[t is not None and t.dtype is torch.bfloat16 for t in (x, dbranch, weight, dnormed)],
+            ),
+            torch.get_num_threads(),
+        )
+        if branch_dtype is not None and dbranch is None:
+            dbranch = dx
+        dweight, dbias = (g if g is None else _to(g, t.dtype) for g, t in ((dweight, weight), (dbias, bias)))
+        return dx, dbranch, dweight, dbias, *rest
 
 
 @torch.library.custom_op("loopmdm::residual_norm", mutates_args=())
@@ -393,6 +467,13 @@ def _stream(
     return {"x": x.to(device, dtype), "branch": branch.to(device, half), "weight": weight.to(device), "out_dtype": half}
 
 
+def _centred(
+    device: torch.device, dtype: torch.dtype, rng: torch.Generator, rows: int = 65536, dim: int = 4096
+) -> dict[str, Any]:
+    """The same with layer norm, as DiT has it."""
+    return {**_stream(device, dtype, rng, rows, dim), "kind": "layernorm"}
+
+
 _CPU_SIZES = ((64, 512), (1024, 512), (1024, 2048), (16384, 512), (16384, 2048))
 
 OP = Op(
@@ -402,13 +483,12 @@ OP = Op(
     impls=("torch", "triton", "cpp"),
     dtypes=FUSED_DTYPES,
     refuses=_refuses,
-    forward_only=("cpp",),
     tolerance={torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5},
     grads=("x", "branch", "weight", "bias"),
-    problems=(_stream,),
+    problems=(_stream, _centred),
     sizes={
         "cuda": tuple({"rows": rows, "dim": dim} for rows in (512, 8192) for dim in (512, 1024, 2048, 4096))
         + tuple({"dim": dim} for dim in (512, 1024, 2048, 4096)),
-        "cpu": tuple({"rows": rows, "dim": dim} for rows, dim in _CPU_SIZES),
+        "cpu": tuple({"rows": rows, "dim": dim, "training": t} for t in (0, 1) for rows, dim in _CPU_SIZES),
     },
 )

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..errors import InputError, nearest
 from . import native
 from .contract import Op, extension
+from .rotate import LAYOUTS, ROPE_DTYPES, rope_table, rotate
 
 Rope = tuple[Tensor, Tensor]
-LAYOUTS, ROPE_DTYPES = ("half", "interleaved"), ("float32", "input")
 
 
 def rotary_attention(
@@ -34,7 +34,7 @@ def rotary_attention(
     """softmax(q k^T / sqrt(hd)) v with q and k rotated first; grouped key/value heads (Ainslie et al. 2023) allowed.
 
     B sequences, T keys, R queries, H query heads, G key/value heads of width hd. A query that sees no key gets 0.
-    "torch" rotates (`rotate`) and calls F.scaled_dot_product_attention. "cpp" keeps scores and sums in fp32 and, for
+    "torch" calls `rotate` and F.scaled_dot_product_attention. "cpp" keeps scores and sums in fp32 and, for
     bf16, rounds the rotated q and k and the probabilities to bf16, as torch does on a CPU; its result is the same bits
     for any number of threads and whatever else is in the batch.
 
@@ -71,7 +71,8 @@ def rotary_attention(
         return _cpp(q, k, v, rope, mask, query_rope, layout, rope_dtype, causal)
     if rope is not None:
         assert query_rope is not None
-        q, k = rotate(q, query_rope, layout, rope_dtype), rotate(k, rope, layout, rope_dtype)
+        which = "torch" if impl == "torch" else "auto"
+        q, k = (rotate(x, t, layout, rope_dtype, impl=which) for x, t in ((q, query_rope), (k, rope)))
     if mask is not None:
         mask = mask[None] if mask.ndim < 2 else mask
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
@@ -85,35 +86,6 @@ def rotary_attention(
         enable_gqa=H != G,
     )
     return y.transpose(1, 2).flatten(2)
-
-
-def rope_table(
-    positions: Tensor, head_dim: int, theta: float, sign: int = 1, dtype: str = "float32"
-) -> tuple[Tensor, Tensor]:
-    """positions [...], any integer dtype -> (cos, sin), each [..., head_dim/2] in fp32 (RoFormer, eq. 34).
-
-    dtype "bfloat16" rounds the numbers to it.
-    """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = sign * positions[..., None].float() * frequency
-    if dtype == "bfloat16":
-        return angle.cos().bfloat16().float(), angle.sin().bfloat16().float()
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor], layout: str, dtype: str) -> Tensor:
-    """Rotate pairs of x [B, T, heads, hd] by the angles of `table`, in fp32 or (dtype "input") in x's dtype.
-
-    "half" pairs i with i + hd/2 (GPT-NeoX, Llama in transformers); "interleaved" pairs 2i with 2i + 1.
-    """
-    work = torch.promote_types(x.dtype, torch.float32) if dtype == "float32" else x.dtype
-    cos, sin = (part.to(work).unsqueeze(-2) for part in table)  # [.., T, 1, hd/2]
-    y = x.to(work)
-    if layout == "half":
-        a, b = y.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    a, b = y[..., 0::2], y[..., 1::2]
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _check(
