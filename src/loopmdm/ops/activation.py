@@ -44,7 +44,7 @@ def activation(x: Tensor, act: str, up: Tensor | None = None, *, impl: str = "au
     size["training"] = int(native.differentiating(x, up))
     if OP.choose(impl, x.device, x.dtype, lambda which: _refuses(which, x, act, up), **size).impl == "cpp":
         if size["training"]:
-            return _Native.apply(x, act, up, dim)  # type: ignore[no-any-return,no-untyped-call]
+            return _Native.apply(x, act, up, dim)
         return _cpp(x, act, up, dim)
     return _reference(x, act, up)
 
@@ -87,7 +87,7 @@ def _refuses(impl: str, x: Tensor, act: str, up: Tensor | None = None, **_: Any)
 
 def _cpp(x: Tensor, act: str, up: Tensor | None, dim: int) -> Tensor:
     out = x.new_empty((*x.shape[:-1], dim))
-    x, up = native.contiguous(x, up)  # type: ignore[assignment]
+    x, up = native.contiguous(x, up)
     extension().activation_cpu(
         x.data_ptr(),
         _up_at(x, act, up, dim),

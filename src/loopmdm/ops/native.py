@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,14 +77,14 @@ def watched(*tensors: Tensor | None, trains: bool = False) -> str | None:
     return None
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*tensors: Any) -> list[Any]:
     """The tensors, copied where they are not contiguous."""
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 def torch_must_see(*grads: Tensor | None) -> bool:
     """In a backward: whether gradients must be made of torch's operations, to be differentiated or made in batches."""
-    batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
+    batched = torch._C._functorch.is_legacy_batchedtensor
     batch = any([g is not None and batched(g) for g in grads])
     return torch.is_grad_enabled() or batch or watched(*grads) is not None
 

@@ -68,7 +68,7 @@ def residual_norm(
     choice = OP.choose(impl, x.device, x.dtype, refuses, **size)
     if choice.impl == "cpp":
         if training:
-            summed, normed = _Native.apply(x, branch, weight, bias, kind, eps, out_dtype)  # type: ignore[no-untyped-call]
+            summed, normed = _Native.apply(x, branch, weight, bias, kind, eps, out_dtype)
             return (x if branch is None else summed), normed
         return _cpp(x, branch, weight, bias, kind == "layernorm", eps, out_dtype)
     if choice.impl == "triton":

@@ -58,7 +58,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor], layout: str, rope_dtype: str
     if OP.choose(impl, x.device, x.dtype, lambda which: _refuses(which, x, table), **size).impl != "cpp":
         return _reference(x, *table, layout, rope_dtype)
     if training:
-        return _Native.apply(x, *table, layout, rope_dtype)  # type: ignore[no-any-return,no-untyped-call]
+        return _Native.apply(x, *table, layout, rope_dtype)
     return _cpp(x, *table, layout, rope_dtype)
 
 
@@ -73,7 +73,7 @@ def _reference(x: Tensor, cos: Tensor, sin: Tensor, layout: str, rope_dtype: str
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).reshape(x.shape).to(x.dtype)
 
 
-def _refuses(impl: str, x: Tensor, table: tuple[Tensor, Tensor], *_: Any, **__: Any) -> str | None:
+def _refuses(impl: str, x: Tensor, table: tuple[Tensor, Tensor], *_names: Any, **_given: Any) -> str | None:
     """Why `impl` cannot take this problem, or None."""
     if impl != "cpp":
         return None
@@ -94,7 +94,7 @@ def _cpp(x: Tensor, cos: Tensor, sin: Tensor, layout: str, rope_dtype: str, back
     """With `back` by the same angles the other way round."""
     if x.stride(3) != 1:
         x = x.contiguous()
-    cos, sin = native.contiguous(cos, sin)  # type: ignore[assignment]
+    cos, sin = native.contiguous(cos, sin)
     out = x.new_empty(x.shape)
     extension().rotate_cpu(
         [t.data_ptr() for t in (x, cos, sin, out)],
@@ -116,11 +116,11 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        cos, sin = ctx.saved_tensors
+        (cos, sin), (layout, rope_dtype) = ctx.saved_tensors, ctx.how
         if native.torch_must_see(grad):
-            dx = _reference(grad, cos, -sin, *ctx.how)
+            dx = _reference(grad, cos, -sin, layout, rope_dtype)
         else:
-            dx = _cpp(grad, cos, sin, *ctx.how, back=True)
+            dx = _cpp(grad, cos, sin, layout, rope_dtype, back=True)
         return dx, None, None, None, None
 
 
