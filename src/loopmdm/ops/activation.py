@@ -122,21 +122,20 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x, up), act, dim = ctx.saved_tensors, ctx.act, ctx.dim
-        found = native.gradients_by_torch(
-            lambda x, up: _reference(x, act, up), (x, up), (grad,), (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+        if native.torch_must_see(grad):
+            needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+            dx, dup = native.gradients_by_torch(lambda x, up: _reference(x, act, up), (x, up), (grad,), needs)
+            return dx, None, dup, None
+        grad, x, up = native.contiguous(grad, x, up)
+        dx, dup = torch.empty_like(x), None if up is None else torch.empty_like(up)
+        extension().activation_backward_cpu(
+            (grad.data_ptr(), x.data_ptr(), _up_at(x, act, up, dim), dx.data_ptr(), _up_at(dx, act, dup, dim)),
+            (grad.numel() // dim, dim, x.shape[-1], x.shape[-1]),
+            CPP.index(act),
+            x.dtype is torch.bfloat16,
+            torch.get_num_threads(),
         )
-        if found is None:
-            grad, x, up = native.contiguous(grad, x, up)
-            dx, dup = torch.empty_like(x), None if up is None else torch.empty_like(up)
-            extension().activation_backward_cpu(
-                (grad.data_ptr(), x.data_ptr(), _up_at(x, act, up, dim), dx.data_ptr(), _up_at(dx, act, dup, dim)),
-                (grad.numel() // dim, dim, x.shape[-1], x.shape[-1]),
-                CPP.index(act),
-                x.dtype is torch.bfloat16,
-                torch.get_num_threads(),
-            )
-            found = dx, dup
-        return found[0], None, found[1], None
+        return dx, None, dup, None
 
 
 def _example(

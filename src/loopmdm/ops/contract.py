@@ -280,25 +280,27 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float("inf")
 
 
+@contextmanager
+def _undisturbed(device_type: str) -> Iterator[None]:
+    """By what surrounds a first call: inference mode, autocast, a checkpoint that counts the tensors saved."""
+
+    def same(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    kept = torch.autograd.graph.saved_tensors_hooks(same, same)
+    with torch.inference_mode(False), torch.autocast(device_type, enabled=False), kept:
+        yield
+
+
 @tuned.constant_in_graphs
 def _verify(
     op: Op, impl: str, device_type: str, index: int | None, dtype: torch.dtype, config: tuple[tuple[str, int], ...]
 ) -> str | None:
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
-
-    def kept(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    alone = (
-        ExitStack()
-    )  # from what surrounds the first call: inference mode, autocast, a checkpoint that counts tensors
-    alone.enter_context(torch.inference_mode(False))
-    alone.enter_context(torch.autocast(device_type, enabled=False))
-    alone.enter_context(torch.autograd.graph.saved_tensors_hooks(kept, kept))
     try:
         if not op.taken(impl, device, dtype):
             return f"{op.name}: {impl} takes no example in {dtype}, so nothing would check it"
-        with alone, op.pinned(Choice(impl, dict(config))):
+        with _undisturbed(device_type), op.pinned(Choice(impl, dict(config))):
             gap = op.deviation(impl, device, dtype)
     except Exception as error:  # a launch error must cost speed, never the user's run
         reason = f"{op.name}: {impl} failed its self-check ({type(error).__name__}: {error})"

@@ -60,16 +60,24 @@ def differentiating(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
-def watched(*tensors: Tensor | None, trains: bool = False) -> str | None:
-    """Why only torch's operations will do, or None: a tracer, transform, mode, subclass; gradients unless `trains`."""
+def transformed() -> str | None:
+    """Why an operation must be made of torch's own, or None: torch.compile, forward mode or a function transform."""
     if torch.compiler.is_compiling():
         return "torch.compile must see its operations; use impl='torch'"
-    if not trains and differentiating(*tensors):
-        return "it has no backward; use impl='torch' or torch.no_grad()"
     if forward_gradients():
         return "it has no forward-mode gradient; use impl='torch'"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a function transform must see its operations; use impl='torch'"
+    return None
+
+
+def watched(*tensors: Tensor | None, trains: bool = False) -> str | None:
+    """Why only torch's operations will do, or None: a tracer, transform, mode, subclass; gradients unless `trains`."""
+    reason = transformed()
+    if reason is not None:
+        return reason
+    if not trains and differentiating(*tensors):
+        return "it has no backward; use impl='torch' or torch.no_grad()"
     if not all([t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors]):
         return "a tensor is of a subclass; use impl='torch'"
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
@@ -94,10 +102,8 @@ def gradients_by_torch(
     inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
-) -> tuple[Tensor | None, ...] | None:
-    """In a backward, the gradients in `inputs` of `reference(*inputs)`, or None where C++ may make them."""
-    if not torch_must_see(*grads):
-        return None
+) -> tuple[Tensor | None, ...]:
+    """In a backward, the gradients in `inputs` of `reference(*inputs)`, differentiable where they will be."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # each a place of its own in the graph: one may come from another, and their own graph is still wanted

@@ -225,7 +225,7 @@ def _reference(
     bias = None if bias is None else _to(bias, compute)
     if kind == "layernorm":
         normed = F.layer_norm(wide, dim, weight, bias, eps)
-    elif x.is_cpu and torch.is_grad_enabled() and not native.watched():
+    elif x.is_cpu and torch.is_grad_enabled() and not native.transformed():
         normed = _RMSNorm.apply(wide, weight, bias, eps)
     else:
         normed = _rms_norm(wide, weight, bias, eps)
@@ -265,10 +265,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, bias, rstd = ctx.saved_tensors
-        formula = functools.partial(_rms_norm, eps=ctx.eps)
-        found = native.gradients_by_torch(formula, (x, weight, bias), (grad,), ctx.needs_input_grad[:3])
-        if found is not None:
-            return *found, None
+        if torch.is_grad_enabled():
+            formula = functools.partial(_rms_norm, eps=ctx.eps)
+            return *native.gradients_by_torch(formula, (x, weight, bias), (grad,), ctx.needs_input_grad[:3]), None
         wanted = [True, weight is not None, bias is not None]
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
             grad, x, x.shape[-1:], torch.zeros_like(rstd), rstd, weight, bias, wanted
@@ -301,16 +300,15 @@ class _Native(torch.autograd.Function):
         if dnormed is None:
             dbranch = None if dsummed is None or branch_dtype is None else _to(dsummed, branch_dtype)
             return dsummed, dbranch, None, None, *rest
-        out_dtype = dnormed.dtype
-        found = native.gradients_by_torch(
-            lambda x, weight, bias: _reference(x, None, weight, bias, kind, eps, out_dtype),
-            (summed, weight, bias),
-            (dsummed, dnormed),
-            (needs[0] or needs[1], needs[2], needs[3]),
-        )
-        if found is not None:
-            dbranch = None if branch_dtype is None or found[0] is None else _to(found[0], branch_dtype)
-            return found[0], dbranch, found[1], found[2], *rest
+        if native.torch_must_see(dsummed, dnormed):
+            dx, _, dweight, dbias = native.gradients_by_torch(
+                functools.partial(_reference, kind=kind, eps=eps, out_dtype=dnormed.dtype),
+                (summed, None, weight, bias),
+                (dsummed, dnormed),
+                (any(needs[:2]), False, *needs[2:4]),
+            )
+            dbranch = None if branch_dtype is None or dx is None else _to(dx, branch_dtype)
+            return dx, dbranch, dweight, dbias, *rest
         x, at = _rows_of(summed)
         dsummed, dnormed, weight = native.contiguous(dsummed, dnormed, weight)
         dx = x.new_empty(x.shape)
