@@ -129,10 +129,11 @@ def report(model: nn.Module) -> str:
 
 def _runs(block: nn.Module, layout: Layout) -> list[str]:
     weight = next(block.parameters())
-    norm = OP.choose("auto", weight.device, weight.dtype, rows=1024, dim=weight.shape[-1])
+    dim, below = weight.shape[-1], native.level_below_4()
+    sizes = {"numbers": 1024 * dim, "rows": 1024, "dim": dim, "centred": int(layout.norm == "layernorm")}
+    norm = OP.choose("auto", weight.device, weight.dtype, **sizes, level_below_4=below)
     attention = Choice("torch", {}, "F.scaled_dot_product_attention")
     if weight.is_cpu:
-        below = native.level_below_4()
         attention = ATTENTION.choose(
             "auto", weight.device, weight.dtype, tokens=1024, head_dim=layout.head_dim, level_below_4=below
         )

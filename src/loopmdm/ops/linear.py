@@ -64,7 +64,8 @@ def linear(
     if packed is not None:
         return _packed(x, weight, bias, packed, impl)
     if impl == "auto":
-        if torch.compiler.is_compiling() or not x.is_cpu or (x.dtype == torch.float32 and intel()):
+        outside = torch.compiler.is_compiling() or not x.is_cpu or (x.dtype == torch.float32 and intel())
+        if outside or native.differentiating(x, weight, bias):
             return F.linear(x, weight, bias)
         if _refuses("onednn", x, weight, bias) or native.watched(x, weight, bias):
             return F.linear(x, weight, bias)

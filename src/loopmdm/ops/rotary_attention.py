@@ -58,7 +58,8 @@ def rotary_attention(
     _check(q, k, v, rope, mask, query_rope, layout, rope_dtype, causal)
     query_rope = rope if query_rope is None else query_rope
     H, hd, T, G = *q.shape[2:], *k.shape[1:3]
-    if impl == "torch" or (impl == "auto" and (torch.compiler.is_compiling() or not q.is_cpu)):
+    outside = torch.compiler.is_compiling() or not q.is_cpu or native.differentiating(q, k, v)
+    if impl == "torch" or (impl == "auto" and outside):
         chosen = "torch"
     else:
 
