@@ -22,6 +22,7 @@ from loopmdm.lab import evidence, tune
 from loopmdm.lab.evidence import Store
 from loopmdm.ops import contract
 from loopmdm.ops.contract import Choice, Op, all_ops
+from loopmdm.ops.norm_linear import Heads
 
 from .commands import refused, run
 
@@ -213,11 +214,12 @@ def test_a_problem_is_drawn_once_and_keeps_its_strides():
 
     def make(device, dtype, rng):
         drawn.append(torch.randn(3, 4, 5, generator=rng))
-        return {"x": drawn[0][:, 1:3], "tables": (drawn[0], None), "eps": 0.5}
+        return {"x": drawn[0][:, 1:3], "tables": (drawn[0], None), "eps": 0.5, "heads": Heads(1, 2, 8)}
 
     example = tune._drawn_once(make)
     one, two = (example(CPU, FP32, torch.Generator().manual_seed(0)) for _ in range(2))
-    assert len(drawn) == 1 and one["eps"] == 0.5 and one["tables"][1] is None
+    assert len(drawn) == 1 and one["eps"] == 0.5 and one["tables"][1] is None and one["heads"] == Heads(1, 2, 8)
+    assert type(one["heads"]) is Heads
     for a, b in ((one["x"], two["x"]), (one["tables"][0], two["tables"][0])):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
     assert one["x"].stride() == (20, 5, 1)

@@ -292,7 +292,8 @@ def _drawn_once(make: Example) -> Example:
 def _again(value: Any) -> Any:
     """The same numbers in memory of their own, as far apart as they were."""
     if isinstance(value, tuple):
-        return tuple(map(_again, value))
+        made = map(_again, value)
+        return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
