@@ -130,8 +130,17 @@ def report(model: nn.Module) -> str:
 def _runs(block: nn.Module, layout: Layout) -> list[str]:
     weight = next(block.parameters())
     dim, below = weight.shape[-1], native.level_below_4()
-    sizes = {"numbers": 1024 * dim, "rows": 1024, "dim": dim, "centred": int(layout.norm == "layernorm")}
-    norm = OP.choose("auto", weight.device, weight.dtype, **sizes, level_below_4=below)
+    centred = int(layout.norm == "layernorm")
+    norm = OP.choose(
+        "auto",
+        weight.device,
+        weight.dtype,
+        numbers=1024 * dim,
+        rows=1024,
+        dim=dim,
+        centred=centred,
+        level_below_4=below,
+    )
     attention = Choice("torch", {}, "F.scaled_dot_product_attention")
     if weight.is_cpu:
         attention = ATTENTION.choose(
