@@ -65,8 +65,9 @@ def test_outputs_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, impl:
     for name, value in errors(problem(shape, dtype, dtype), kind, impl=impl if shape[0] else "auto").items():
         if kind == "layernorm" and shape[-1] == 1:
             continue  # one number's deviation from its own mean: the truth is 0
-        # and its norm is its sign, so that dx is a difference of equals
-        assert value <= LIMIT[dtype] * (3 if shape[-1] == 1 else 1), f"{name}: {value:.1e}"
+        # and its norm is its sign, so that dx is a difference of equals, which C++ rounds once more
+        equals = impl == "cpp" and shape[-1] == 1 and name.startswith("d")
+        assert value <= LIMIT[dtype] * (3 if equals else 1), f"{name}: {value:.1e}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
